@@ -1,0 +1,18 @@
+"""Kernels for distilling one language model into another; needs nothing but torch.
+
+Teacher first, everywhere. `reference` holds the definitions.
+"""
+
+from switchkd_kernels._checks import InvalidLogits
+from switchkd_kernels.linear_divergence_loss import linear_divergence_loss
+from switchkd_kernels.reference import divergence_loss, jsd, sample, switch_select, uniform
+
+__all__ = [
+    "InvalidLogits",
+    "divergence_loss",
+    "jsd",
+    "linear_divergence_loss",
+    "sample",
+    "switch_select",
+    "uniform",
+]

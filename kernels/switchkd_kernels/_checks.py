@@ -1,0 +1,131 @@
+"""Argument checks shared by the ops: every refusal says what it got and what it expected."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class InvalidLogits(ValueError):
+    """A row of logits that defines no distribution: it has a NaN or a +inf, or it is all -inf.
+
+    `model` is "teacher" or "student", `row` the index of the first such row in the flattened input.
+    """
+
+    def __init__(self, message: str, model: str | None = None, row: int | None = None):
+        super().__init__(message)
+        self.model = model
+        self.row = row
+
+
+def check_rows(model: str, row_max: Tensor, rows: Tensor | None = None) -> None:
+    """Raise InvalidLogits unless every row maximum is finite.
+
+    The maximum alone tells: amax hands a NaN on, is +inf with a +inf, and -inf for a row of -inf.
+    `rows` maps the rows given back to those of the caller, for a call that dropped masked rows.
+    """
+    row_max = row_max.flatten()
+    bad = (~row_max.isfinite()).nonzero()
+    if bad.numel() == 0:
+        return
+    first = int(bad[0])
+    value = float(row_max[first])
+    what = "NaN" if math.isnan(value) else "+inf" if value > 0 else "only -inf"
+    row = first if rows is None else int(rows[first])
+    raise InvalidLogits(f"{model} logits, row {row}: {what}; expected finite or -inf", model, row)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is, else float32: the arithmetic never runs in a half precision."""
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise TypeError(f"tensors must be floating point, got {tensor.dtype}")
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None) -> int:
+    """The number of real tokens both models share: the columns below it are used, no other."""
+    if vocab_size is None:
+        if teacher_width != student_width:
+            raise ValueError(
+                f"teacher and student have {teacher_width} and {student_width} logits a row: "
+                "pass vocab_size, the number of real tokens they share"
+            )
+        vocab_size = teacher_width
+    if not 1 <= vocab_size <= min(teacher_width, student_width):
+        raise ValueError(
+            f"vocab_size must be between 1 and {min(teacher_width, student_width)}, the smaller "
+            f"of the two widths, got {vocab_size}"
+        )
+    return vocab_size
+
+
+def number(name: str, value: float, low: float, high: float, *, open_high: bool = False) -> float:
+    """A finite number within [low, high], or [low, high) with open_high."""
+    if not (low <= value < high if open_high else low <= value <= high):
+        raise ValueError(
+            f"{name} must be in [{low}, {high}{')' if open_high else ']'}, got {value}"
+        )
+    return float(value)
+
+
+def temperature(name: str, value: float) -> float:
+    """0 is greedy; a positive value under 1e-5 would overflow and is refused."""
+    if value != 0 and not 1e-5 <= value < math.inf:
+        raise ValueError(f"{name} must be 0 (greedy) or at least 1e-5 and finite, got {value}")
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def integers(name: str, value, limit: int, device: torch.device | None = None) -> Tensor:
+    """`value` (tensor, sequence or int) as an int64 tensor, each entry in [0, limit)."""
+    tensor = torch.as_tensor(value, device=device)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+    tensor = tensor.to(torch.int64)
+    if tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} must be in [0, {limit}), got {low}..{high}")
+    return tensor
+
+
+class Rows(NamedTuple):
+    """The rows of a flattened batch that count: its `shape`, and `kept` indices or None for all."""
+
+    shape: torch.Size
+    kept: Tensor | None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """(..., X) to (kept, X); a view if no row is masked."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.kept is None else flat[self.kept]
+
+    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+        """(kept,) values to their sum, their mean (0 if none is kept), or the batch's own shape."""
+        if reduction == "none":
+            if self.kept is not None:
+                zeros = values.new_zeros(self.shape.numel())
+                values = zeros.index_copy(0, self.kept, values)
+            return values.reshape(self.shape)
+        return values.sum() / (max(values.numel(), 1) if reduction == "mean" else 1)
+
+
+def rows_of(shape: torch.Size, mask: Tensor | None, reduction: str) -> Rows:
+    """Check mask and reduction. `mask` is bool, or 0 and 1 in any dtype, of the batch's shape."""
+    one_of("reduction", reduction, ("none", "sum", "mean"))
+    if mask is None:
+        return Rows(shape, None)
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("mask must be bool or hold only 0 and 1, got other values")
+    return Rows(shape, mask.reshape(-1).nonzero().squeeze(1))

@@ -1,0 +1,271 @@
+"""Configuration: two dataclasses, from which the command line and the YAML keys are made.
+
+Names follow TRL's GKDConfig and ModelConfig where those have one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from switchkd.models import EMBEDDED, EMBEDDED_DIR
+from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
+from switchkd.rollout import Sampling
+
+POLICIES = ("switch", "adaswitch", "skd", "student", "teacher")
+LOSSES = (
+    "skew_reverse_kl",
+    "skew_kl",
+    "kl_teacher_student",
+    "kl_student_teacher",
+    "generalized_jsd",
+    "tvd",
+    "cross_entropy",
+)
+ALIASES = {  # other projects' names of the same thing
+    "max_completion_length": "max_new_tokens",
+    "max_prompt_len": "max_prompt_length",
+    "torch_dtype": "dtype",
+    "skew_lambda": "skew_alpha",
+    "teacher_model": "teacher_model_name_or_path",
+    "dataset": "dataset_name",
+}
+DEMO = EMBEDDED_DIR / "demo.yaml"
+
+
+def _help(text: str, default=None, **kwargs):
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default, metadata={"help": text}, **kwargs)
+    return field(default=default, metadata={"help": text}, **kwargs)
+
+
+@dataclass
+class ScriptArguments:
+    """Which models and which data."""
+
+    model_name_or_path: str = _help("Student: Hub id, folder, or 'embedded'.", EMBEDDED)
+    model_revision: str = _help("Revision of the student on the Hub.", "main")
+    gguf_file: str | None = _help("Read the student from this GGUF file in its folder.")
+    student_layers: str | None = _help("Keep only these layers of the student, e.g. 0-11,18-29.")
+    dtype: str = _help("Type of the student's weights: float32, bfloat16, auto.", "float32")
+    attn_implementation: str | None = _help("Attention of both models: sdpa, eager, ...")
+    trust_remote_code: bool = _help("Allow code from the Hub for both models.", False)
+    teacher_model_name_or_path: str | None = _help("Teacher: Hub id, folder, or 'embedded'.")
+    teacher_model_revision: str = _help("Revision of the teacher on the Hub.", "main")
+    teacher_gguf_file: str | None = _help("Read the teacher from this GGUF file in its folder.")
+    teacher_dtype: str = _help("Type of the teacher's weights.", "auto")
+    use_peft: bool = _help("Train LoRA adapters on the student (needs peft).", False)
+    lora_r: int = _help("Rank of the LoRA adapters.", 16)
+    lora_alpha: int = _help("Scale of the LoRA adapters.", 32)
+    lora_dropout: float = _help("Dropout of the LoRA adapters.", 0.0)
+    lora_target_modules: list[str] | None = _help("Modules that get adapters, e.g. q_proj v_proj.")
+    dataset_name: str = _help("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
+    dataset_train_split: str = _help("Split to train on (Hub and embedded data).", "train")
+    eval_dataset_name: str | None = _help("Validation data; by default rows held out of training.")
+    dataset_test_split: str = _help("Split of the validation data.", "validation")
+    eval_size: int = _help("Rows held out for validation, or at most so many are used.", 100)
+    max_train_rows: int | None = _help("Use only the first so many rows.")
+    template: str = _help("auto, chat, alpaca or none.", "auto")
+
+
+@dataclass
+class SwitchConfig(TrainingArguments):
+    """How to distil. Extends `transformers.TrainingArguments`; names as in TRL's GKDConfig.
+
+    Raises ValueError at construction for values that cannot work, saying got and expected.
+    """
+
+    output_dir: str | None = _help("Where the run is written.", "switchkd_output")
+    # rollout: who writes
+    rollout_policy: str = _help(f"Who writes tokens: {', '.join(POLICIES)}.", "switch")
+    switch_schedule: str = _help(f"Threshold of SWITCH: {', '.join(SCHEDULES)}.", "exponential")
+    switch_tau0: float = _help("Threshold at t = 0 (JSD in bits lies in [0, 1]).", 1.0)
+    switch_lambda: float = _help("Decay of the threshold per token.", 0.1)
+    switch_rate: float | None = _help("Teacher's share: random (0.5) and mix-in (0.2).")
+    switch_tau_min: float = _help("Floor of the threshold.", 0.0)
+    adaswitch_k: float | None = _help("AdaSwitch: hand over above K times the mean (required).")
+    adaswitch_window: int | None = _help("AdaSwitch: tokens in the mean, L (required).")
+    adaswitch_warm_up: int | None = _help("AdaSwitch: no hand-over before; default L.")
+    skd_top_k: int = _help("SKD: the student's token stays if in the teacher's top K.", 25)
+    # rollout: how
+    lmbda: float = _help("Share of rows trained on a rollout; the rest on the data.", 0.5)
+    seq_kd: bool = _help("Teacher-written sequences only: rollout_policy teacher, lmbda 1.", False)
+    temperature: float = _help("Sampling temperature of both models, in rollouts only.", 1.0)
+    teacher_temperature: float | None = _help("Overrides temperature for the teacher.")
+    student_temperature: float | None = _help("Overrides temperature for the student.")
+    top_k: int = _help("Sample among the k most likely tokens; 0 is off.", 0)
+    top_p: float = _help("Sample in the nucleus of this mass.", 1.0)
+    min_p: float = _help("Sample tokens at least this likely relative to the best.", 0.0)
+    max_new_tokens: int = _help("Response tokens at most.", 256)
+    max_prompt_length: int = _help("Prompt tokens at most; longer rows are left out.", 256)
+    rollout_batch_size: int = _help("Rows decoded together.", 32)
+    rollout_dtype: str | None = _help("Decode with a copy of the student in this type.")
+    # loss
+    loss_type: str | None = _help(f"One of {', '.join(LOSSES)}; default skew_reverse_kl.")
+    skew_alpha: float = _help("Skew of skew_kl and skew_reverse_kl, in [0, 1).", 0.1)
+    beta: float | None = _help("Weight of the teacher in generalized_jsd (default 0.5).")
+    detach_mixture: bool = _help("No gradient through the skew mixture (DistiLLM-2).", False)
+    lm_file: str | None = _help("Text file for an extra language-model loss.")
+    lm_coef: float = _help("Weight of that loss.", 1.0)
+    disable_dropout: bool = _help("Switch dropout off in the student.", True)
+    # sight
+    eval_temperature: float = _help("Temperature of the validation samples.", 1.0)
+    log_completions: bool = _help("Print a coloured sample with every log line.", True)
+    save_completions: bool = _help("Write every rollout to completions.jsonl.", True)
+    overwrite_output_dir: bool = _help("Start anew in a folder that holds another run.", False)
+    # defaults of TrainingArguments that differ here
+    per_device_train_batch_size: int = _help("Rows per device and micro-batch.", 8)
+    lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
+    weight_decay: float = _help("AdamW weight decay.", 0.01)
+    logging_steps: float = _help("Steps between log lines.", 10)
+    eval_strategy: str = _help("When to validate: no, steps, epoch.", "epoch")
+    save_strategy: str = _help("When to save: no, steps, epoch, best.", "epoch")
+    save_total_limit: int | None = _help("Checkpoints kept, the best always.", 2)
+    metric_for_best_model: str | None = _help("Chooses the best checkpoint.", "rouge_l")
+    load_best_model_at_end: bool = _help("End with the best checkpoint.", True)
+    remove_unused_columns: bool | None = _help("Must stay off.", False)
+    report_to: None | str | list[str] = _help("wandb, tensorboard, trackio, none, ...", "none")
+
+    def __post_init__(self):
+        if self.seq_kd:
+            self.rollout_policy, self.lmbda = "teacher", 1.0
+        if self.loss_type is None:
+            self.loss_type = "skew_reverse_kl" if self.beta is None else "generalized_jsd"
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+        need("rollout_policy", self.rollout_policy in POLICIES, f"one of {POLICIES}")
+        need("loss_type", self.loss_type in LOSSES, f"one of {LOSSES}")
+        need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")
+        need("skew_alpha", 0 <= self.skew_alpha < 1, "a number in [0, 1)")
+        jsd = self.loss_type == "generalized_jsd"
+        need("beta", self.beta is None or jsd, "no beta unless loss_type is generalized_jsd")
+        need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
+        for name in ("max_new_tokens", "max_prompt_length", "rollout_batch_size"):
+            need(name, getattr(self, name) >= 1, "an integer >= 1")
+        need("lm_coef", self.lm_coef >= 0, "a number >= 0")
+        need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
+        need("learning_rate", self.learning_rate > 0, "a number > 0")
+        metrics = ("rouge_l", "kl", "jsd", "cross_entropy")
+        best = (self.metric_for_best_model or "rouge_l").removeprefix("eval_")
+        need("metric_for_best_model", best in metrics, f"one of {metrics}")
+        self.policy()
+        self.sampling()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.loss_type != "cross_entropy" or (
+            self.lmbda > 0 and self.policy().needs_teacher
+        )
+
+    def policy(self) -> Policy:
+        """The rollout policy of this configuration."""
+        if self.rollout_policy == "switch":
+            rate = {"random": 0.5, "mix-in": 0.2}.get(self.switch_schedule, 0.5)
+            return Switch(
+                schedule=self.switch_schedule,
+                tau0=self.switch_tau0,
+                decay=self.switch_lambda,
+                rate=rate if self.switch_rate is None else self.switch_rate,
+                tau_min=self.switch_tau_min,
+                max_new_tokens=self.max_new_tokens,
+            )
+        if self.rollout_policy == "adaswitch":
+            return AdaSwitch(
+                K=self.adaswitch_k, L=self.adaswitch_window, warm_up=self.adaswitch_warm_up
+            )
+        if self.rollout_policy == "skd":
+            return SKD(top_k=self.skd_top_k)
+        return Student() if self.rollout_policy == "student" else Teacher()
+
+    def sampling(self) -> Sampling:
+        """How rollouts draw tokens; the seed is the run's."""
+
+        def either(own):
+            return self.temperature if own is None else own
+
+        return Sampling(
+            seed=self.seed,
+            teacher_temperature=either(self.teacher_temperature),
+            student_temperature=either(self.student_temperature),
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
+
+
+def known_keys(*classes) -> set[str]:
+    return {f.name for cls in classes for f in fields(cls) if f.init}
+
+
+def read_yaml(path: str, *classes) -> dict:
+    """A YAML mapping with known keys only; aliases are translated."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"config: got {path}, expected an existing YAML file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path}: got {type(values).__name__}, expected key: value lines")
+    known, clean = known_keys(*classes), {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if name not in known:
+            near = difflib.get_close_matches(str(key), [*known, *ALIASES], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
+        if isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit():
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        clean[name] = value
+    return clean
+
+
+def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]:
+    """Command line and YAML to configuration; flags win over the file.
+
+    Without a config file and without a model, the embedded demonstration is configured.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = (ScriptArguments, SwitchConfig)
+    argv = [_translate(argument) for argument in argv]
+    parser = HfArgumentParser(classes, prog="python -m switchkd.train", allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these options; flags win.")
+    given = {a.split("=")[0] for a in argv if a.startswith("--")}
+    path = None
+    if "--config" in given:
+        at = next(i for i, a in enumerate(argv) if a.split("=")[0] == "--config")
+        path = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
+    elif not given & {"--model_name_or_path", "--dataset_name"}:
+        path = str(DEMO)
+    if path is not None:
+        parser.set_defaults(**read_yaml(path, *classes))
+    unknown = given - {o for action in parser._actions for o in action.option_strings}
+    if unknown:
+        flag = sorted(unknown)[0]
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"got the unknown option {flag}{hint}")
+    script, config, _ = parser.parse_args_into_dataclasses(argv)
+    return script, config
+
+
+def _translate(argument: str) -> str:
+    flag, sep, value = argument.partition("=")
+    name = ALIASES.get(flag[2:]) if flag.startswith("--") else None
+    return f"--{name}{sep}{value}" if name else argument

@@ -1,0 +1,310 @@
+"""Instruction data: reading, detecting the form, templating, tokenising.
+
+Three forms are understood, by their keys:
+    instruction / input / output        (Alpaca, and Dolly's instruction / context / response)
+    prompt / completion                 (strings or lists of messages; completion may be absent)
+    messages                            (the last assistant message is the response)
+No row is dropped silently: every row that is left out is counted with its reason and line number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from switchkd.models import EMBEDDED, EMBEDDED_DIR
+
+# The template of MiniLLM and SWITCH (arXiv 2410.19503, Fig. 4), for tokenizers without their own.
+_HEADER = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"  # noqa: E501
+_PAIRED = ", paired with an input that provides further context"
+
+FORMS = {
+    "instruction/input/output": ("instruction", "output"),
+    "instruction/context/response": ("instruction", "response"),
+    "messages": ("messages",),
+    "prompt/completion": ("prompt",),
+}
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The Alpaca-style prompt, up to and including the line that the response follows."""
+    header = _HEADER.format(_PAIRED if input else "")
+    context = f"### Input:\n{input}\n\n" if input else ""
+    return f"{header}### Instruction:\n{instruction}\n\n{context}### Response:\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as text: prompt messages (an instruction's `input` beside its content), references."""
+
+    messages: tuple[Mapping[str, str], ...]
+    references: tuple[str, ...]
+    line: int
+    source: str = ""
+
+    @property
+    def question(self) -> str:
+        """What the user wrote: the text that the copied-prompt floor answers with."""
+        user = [m for m in self.messages if m["role"] == "user"]
+        return "\n".join(part for m in user for part in (m["content"], m.get("input")) if part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as token ids; `id` is its line number and keys its noise."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    example: Example
+
+    @property
+    def id(self) -> int:
+        return self.example.line
+
+
+@dataclass
+class Report:
+    """What was read, what was left out and why."""
+
+    source: str
+    form: str = ""
+    template: str = ""
+    kept: int = 0
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+
+    def drop(self, reason: str, line: int) -> None:
+        self.left_out.setdefault(reason, []).append(line)
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.kept:,} rows ({self.form}; {self.template})"
+        for reason, lines in self.left_out.items():
+            shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
+            text += f"\n  left out {len(lines):,} {reason}: line {shown}"
+        return text
+
+
+class Rows(Dataset):
+    """Tokenised rows. The data loader hands out row numbers only; the trainer looks rows up."""
+
+    def __init__(self, rows: Sequence[Row], report: Report):
+        self.rows, self.report = list(rows), report
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def read_examples(
+    source: str, *, split: str = "train", limit: int | None = None
+) -> tuple[list[Example], Report]:
+    """Read a JSON Lines file, a Hub dataset id, or `embedded` (its `train` or `valid` rows).
+
+    A line that is not JSON, or a row of a wrong shape, raises ValueError with file and line number;
+    an empty response is counted and left out. Raises ValueError for an empty data set.
+    """
+    if source == EMBEDDED:
+        source = str(EMBEDDED_DIR / "data" / f"{split}.jsonl")
+    path = Path(source)
+    local = path.suffix in (".jsonl", ".json") or path.exists()
+    records = _read_file(path) if local else _read_hub(source, split)
+    report = Report(source=path.name if local else f"{source} [{split}]")
+    return examples_from(records, report, limit)
+
+
+def examples_from(
+    records: Iterable[Mapping], report: Report, limit: int | None = None
+) -> tuple[list[Example], Report]:
+    """Examples of records (dicts of one of the forms above); line numbers start at 1."""
+    examples: list[Example] = []
+    for line, record in enumerate(records, start=1):
+        if record is None:
+            report.drop("blank lines", line)
+            continue
+        try:
+            form, messages, references = _parse(record)
+        except ValueError as error:
+            raise ValueError(f"{report.source}, line {line}: {error}") from None
+        if report.form and form != report.form:
+            raise ValueError(
+                f"{report.source}, line {line}: got the form {form}, "
+                f"expected {report.form} as in the lines before"
+            )
+        report.form = form
+        if not messages[-1]["content"].strip():
+            report.drop("rows with an empty prompt", line)
+        elif references and not any(r.strip() for r in references):
+            report.drop("rows with an empty response", line)
+        else:
+            examples.append(Example(messages, references, line, str(record.get("source", ""))))
+        if limit is not None and len(examples) >= limit:
+            break
+    report.kept = len(examples)
+    if not examples:
+        raise ValueError(f"{report.source}: got no usable rows, expected at least one\n{report}")
+    return examples, report
+
+
+def _read_file(path: Path) -> Iterable[Mapping | None]:
+    if not path.is_file():
+        raise ValueError(f"data: got {path}, expected an existing .jsonl file or a Hub dataset id")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                yield None
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
+                    "expected one JSON object a line. Is the file cut off?"
+                ) from None
+
+
+def _read_hub(name: str, split: str) -> Iterable[Mapping]:
+    from datasets import load_dataset  # slow to import, and not needed for local files
+
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"data: cannot load {name!r} [{split}] ({type(error).__name__}: {error}); "
+            "expected a Hub dataset id, an existing .jsonl file, or 'embedded'"
+        ) from error
+
+
+def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
+    """(form, prompt messages, references) of one record."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"got {type(record).__name__}, expected a JSON object")
+    for form, keys in FORMS.items():
+        if all(key in record for key in keys):
+            break
+    else:
+        raise ValueError(f"got the keys {sorted(record)}, expected one of {list(FORMS)}")
+    if form == "messages":
+        *prompt, last = _messages(record, "messages")
+        if last["role"] != "assistant" or not prompt:
+            raise ValueError("messages: expected a prompt and a last message of the assistant")
+        return form, tuple(prompt), (last["content"],)
+    if form == "prompt/completion":
+        prompt = record["prompt"]
+        messages = _messages(record, "prompt") if isinstance(prompt, list) else _user(prompt)
+        completion = record.get("completion")
+        if completion is None:
+            return form, messages, ()
+        if isinstance(completion, list) and completion and isinstance(completion[0], Mapping):
+            completion = _messages(record, "completion")[-1]["content"]
+        return form, messages, _texts(completion, "completion")
+    context, answer = form.split("/")[1:]
+    extra = record.get(context) or ""
+    instruction = record["instruction"]
+    for key, value in (("instruction", instruction), (context, extra)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key}: got {type(value).__name__}, expected a string")
+    message = {"role": "user", "content": instruction, "input": extra}
+    return form, (message,), _texts(record[answer], answer)
+
+
+def _user(prompt) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt: got {type(prompt).__name__}, expected a string or messages")
+    return ({"role": "user", "content": prompt},)
+
+
+def _messages(record: Mapping, key: str) -> tuple[Mapping[str, str], ...]:
+    messages = record[key]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{key}: expected a non-empty list of messages")
+    for message in messages:
+        fields = isinstance(message, Mapping) and (message.get("role"), message.get("content"))
+        if not fields or not all(isinstance(f, str) for f in fields):
+            raise ValueError(f"{key}: expected messages with a role and a text content")
+    return tuple(messages)
+
+
+def _texts(value, key: str) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key}: got {value!r:.60}, expected a string or a list of strings")
+    return tuple(texts)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    report: Report,
+    tokenizer,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    template: str = "auto",
+) -> Rows:
+    """Token ids of every example that fits; the others are counted in the report.
+
+    template: "chat" (the tokenizer's own), "alpaca", "none" (the prompt as it stands), or "auto":
+    chat if the tokenizer has one, else alpaca for instructions and none for prompts. A completion
+    is the first reference followed by EOS, tokenised apart from the prompt.
+    """
+    if template == "auto":
+        plain = "none" if report.form == "prompt/completion" else "alpaca"
+        template = "chat" if tokenizer.chat_template else plain
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError("template: got 'chat', but the tokenizer has no chat template")
+    report.template = f"{template} template"
+    rows = []
+    for example in examples:
+        prompt = _prompt_ids(example, tokenizer, template)
+        completion = []
+        if example.references:
+            text = example.references[0]
+            completion = tokenizer(text, add_special_tokens=False)["input_ids"]
+            completion.append(tokenizer.eos_token_id)
+        if len(prompt) > max_prompt_length:
+            report.drop(f"rows with a prompt over {max_prompt_length} tokens", example.line)
+        elif len(completion) > max_completion_length:
+            report.drop(f"rows with a response over {max_completion_length} tokens", example.line)
+        else:
+            rows.append(Row(prompt, completion, example))
+    report.kept = len(rows)
+    if not rows:
+        raise ValueError(f"no row fits the length limits\n{report}")
+    return Rows(rows, report)
+
+
+def _prompt_ids(example: Example, tokenizer, template: str) -> list[int]:
+    messages = example.messages
+    if template == "chat":
+        plain = [
+            {"role": m["role"], "content": "\n\n".join(filter(None, (m["content"], m.get("input"))))}
+            for m in messages
+        ]
+        text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(messages) > 1:
+        raise ValueError(
+            f"line {example.line}: got {len(messages)} prompt messages, but the tokenizer has no "
+            "chat template to join them; expected a single user message"
+        )
+    message = messages[0]
+    if template == "alpaca":
+        return tokenizer(alpaca_prompt(message["content"], message.get("input", "")))["input_ids"]
+    return tokenizer(message["content"])["input_ids"]
+
+
+def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
+    """A text file as token ids (blocks, width), for the extra language-model loss."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"lm_file: got {path}, expected an existing text file")
+    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    blocks = len(ids) // width
+    if blocks == 0:
+        raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")
+    return torch.tensor(ids[: blocks * width]).view(blocks, width)

@@ -1,0 +1,153 @@
+"""What a student is worth: divergences to the teacher on given text, and scores of its samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import sacrebleu
+import torch
+from rouge_score import rouge_scorer
+from switchkd_kernels import divergence_loss, jsd
+from torch import nn
+
+from switchkd.data import Row
+from switchkd.losses import collate, response_hidden, response_labels
+from switchkd.models import Vocabulary, decoder_of, head_of
+from switchkd.rollout import Sampling, rollout_naive
+
+
+@lru_cache(maxsize=1)
+def _scorer():
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Rouge-L F-measure x 100 with stemming, the best over the references (as MiniLLM)."""
+    return 100 * max(_scorer().score(ref, prediction)["rougeL"].fmeasure for ref in references)
+
+
+def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """rouge_l (mean over rows) and bleu (sacrebleu, corpus), and rouge_l by reference length.
+
+    The split is by words of the first reference, 1-10 against 11 and more (arXiv 2410.19503,
+    Fig. 1); an empty part is left out.
+    """
+    each = [rouge_l(p, refs) for p, refs in zip(predictions, references, strict=True)]
+    most = max(map(len, references))
+    padded = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    result = {
+        "rouge_l": sum(each) / len(each),
+        "bleu": sacrebleu.corpus_bleu(list(predictions), padded).score,
+    }
+    for name, short in (("rouge_l_1_to_10_words", True), ("rouge_l_11_words_up", False)):
+        part = [
+            value
+            for value, refs in zip(each, references, strict=True)
+            if (len(refs[0].split()) <= 10) is short
+        ]
+        if part:
+            result[name] = sum(part) / len(part)
+    return result
+
+
+def floors(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Scores of two answers that know nothing: the prompt copied, and another row's reference.
+
+    A copied prompt outscores a weak model, so no Rouge-L says anything without these beside it.
+    """
+    examples = [row.example for row in rows if row.example.references]
+    if not examples:
+        return {}
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    others = [examples[following[i]].references[0] for i in range(len(examples))]
+    references = [e.references for e in examples]
+    return {
+        "prompt_copied": score([e.question for e in examples], references),
+        "another_reference": score(others, references),
+    }
+
+
+@torch.no_grad()
+def teacher_forced(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    rows: Sequence[Row],
+    vocabulary: Vocabulary,
+    *,
+    batch_size: int = 8,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    """Sums over the reference responses: [tokens, cross-entropy, KL(p||q), JSD] (nats, nats, bits).
+
+    Without a teacher the last two are NaN. Sums, so that ranks and batches can be added up.
+    """
+    student.eval()
+    device = student.device
+    total = torch.zeros(4, dtype=torch.float64, device=device)
+    rows = sorted((r for r in rows if r.completion_ids), key=lambda r: len(r.prompt_ids))
+    models = [student] if teacher is None else [student, teacher]
+    for at in range(0, len(rows), batch_size):
+        part = rows[at : at + batch_size]
+        batch = collate(
+            [r.prompt_ids for r in part],
+            [r.completion_ids for r in part],
+            vocabulary.pad_token_id,
+        )
+        batch = {key: value.to(device) for key, value in batch.items()}
+        labels = response_labels(batch)
+        hidden = [response_hidden(m, decoder_of(m), batch) for m in models]
+        for start in range(0, len(labels), chunk_size):
+            stop = start + chunk_size
+            logits = [
+                head_of(m).logits(h[start:stop], vocabulary.size)
+                for h, m in zip(hidden, models, strict=True)
+            ]
+            target = labels[start:stop]
+            ce = nn.functional.cross_entropy(logits[0], target, reduction="sum")
+            nan = ce.new_full((), float("nan"))
+            kl, js = nan, nan
+            if teacher is not None:
+                kl = divergence_loss(
+                    logits[1], logits[0], kind="kl_teacher_student", reduction="sum"
+                )
+                js = jsd(logits[1], logits[0], reduction="sum")
+            total += torch.stack([ce.new_tensor(len(target)), ce, kl, js]).double()
+    return total
+
+
+def generate(
+    model: nn.Module,
+    rows: Sequence[Row],
+    tokenizer,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One sampled response per row, in order; the noise is keyed by row, not by batch."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+    texts = [""] * len(rows)
+    for at in range(0, len(order), batch_size):
+        part = order[at : at + batch_size]
+        rollout = rollout_naive(
+            None,
+            model,
+            [rows[i].prompt_ids for i in part],
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=vocabulary.eos_token_ids,
+            pad_token_id=vocabulary.pad_token_id,
+            vocab_size=vocabulary.size,
+            sampling=sampling,
+            sequence_ids=[rows[i].id for i in part],
+        )
+        for i, tokens in zip(part, rollout.completions(), strict=True):
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        if on_batch is not None:
+            on_batch(len(part))
+    return texts

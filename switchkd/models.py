@@ -1,0 +1,222 @@
+"""Loading teacher and student, and the checks that they can share a rollout."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED = "embedded"  # the small teacher that ships with the package
+EMBEDDED_DIR = Path(__file__).parent / "embedded"
+
+
+def _resolve(name: str) -> str:
+    return str(EMBEDDED_DIR / "teacher") if name == EMBEDDED else name
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None, **kwargs):
+    """The tokenizer of a Hub id, a folder, or `embedded`; its pad token falls back to EOS.
+
+    Masks are built from lengths, never from ids, so pad == eos is harmless here.
+    """
+    tokenizer = _load(AutoTokenizer, name, gguf_file, **kwargs)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer of {name}: got no EOS token, expected one to end responses")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, *, dtype="auto", gguf_file: str | None = None, **kwargs):
+    """A causal language model of a Hub id, a folder, `embedded`, or a GGUF file in either.
+
+    Weights are read from safetensors (or dequantised from GGUF) only, never from pickles.
+    """
+    if gguf_file is None:
+        kwargs.setdefault("use_safetensors", True)
+    model = _load(AutoModelForCausalLM, name, gguf_file, dtype=dtype, **kwargs)
+    if gguf_file is not None:  # the weights are dense now; drop the marks that forbid saving them
+        for owner, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
+        model.is_quantized = False
+    return model
+
+
+def _load(factory, name: str, gguf_file: str | None, **kwargs):
+    path = _resolve(name)
+    kind = "tokenizer" if factory is AutoTokenizer else "model"
+    try:
+        return factory.from_pretrained(path, gguf_file=gguf_file, **kwargs)
+    except Exception as error:  # the libraries below raise a dozen types; name the file for all
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(
+            f"cannot load the {kind} {name!r}"
+            + (f" (GGUF file {gguf_file})" if gguf_file else "")
+            + f": {reason}; expected a Hub id or a folder with config.json and safetensors weights"
+        ) from error
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that ends in hidden states, below any adapter."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: softcap(logit_scale * (h W^T + b))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
+        """Logits (N, vocab_size) of hidden states (N, H), in fp32."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        weight = self.weight[:vocab_size]
+        z = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a causal language model, with Gemma's soft cap and Cohere's scale."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if layer is None or not hasattr(layer, "weight"):
+        raise ValueError(
+            f"{type(model).__name__}: got no linear output head, expected get_output_embeddings()"
+        )
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """'0-2,5' -> [0, 1, 2, 5], checked against a model of `count` layers."""
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"student_layers: got {text!r}, expected a form like 0-11,18-29")
+        first, last = int(match[1]), int(match[2] or match[1])
+        layers += range(first, last + 1)
+    if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
+        raise ValueError(
+            f"student_layers: got {text!r}, expected rising layer numbers from 0 to {count - 1}"
+        )
+    return layers
+
+
+def cut_layers(model: nn.Module, text: str) -> nn.Module:
+    """Keep only some decoder layers of `model`, in place: the student cut from a teacher.
+
+    Which ones matters: a contiguous block from the middle is the one to leave out.
+    """
+    decoder, config = decoder_of(model), model.config.get_text_config()
+    name = next((n for n in ("layers", "h") if hasattr(decoder, n)), None)
+    if name is None:
+        raise ValueError(f"student_layers: {type(decoder).__name__} has no list of layers to cut")
+    layers = getattr(decoder, name)
+    keep = parse_layers(text, len(layers))
+    kept = nn.ModuleList(layers[i] for i in keep)
+    for index, layer in enumerate(kept):  # caches are addressed by layer_idx
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    setattr(decoder, name, kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in keep]
+    return model
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What teacher and student share: the real vocabulary, the ids that end a response."""
+
+    size: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    notes: tuple[str, ...] = ()
+
+
+def _eos_ids(model, tokenizer) -> set[int]:
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return {tokenizer.eos_token_id, *ids}
+
+
+def share_vocabulary(teacher, student, teacher_tokenizer, tokenizer) -> Vocabulary:
+    """Check that both models read the same ids; report what differs short of that.
+
+    A larger padded matrix on one side (Qwen2.5: 151936 and 152064 rows) is fine, ids are compared,
+    not widths. Different token tables raise ValueError with the first difference. teacher may be
+    None (supervised fine-tuning).
+    """
+    table, notes = tokenizer.get_vocab(), []
+    size = max(table.values()) + 1
+    eos = _eos_ids(student, tokenizer)
+    if teacher is not None:
+        theirs = teacher_tokenizer.get_vocab()
+        if theirs != table:
+            token = min(
+                (t for t in {*theirs, *table} if theirs.get(t) != table.get(t)),
+                key=lambda t: theirs.get(t, table.get(t)),
+            )
+            raise ValueError(
+                "teacher and student do not share a tokenizer: "
+                f"token {token!r} has id {theirs.get(token)} for the teacher and "
+                f"{table.get(token)} for the student; token-level divergences need equal ids"
+            )
+        teacher_eos = _eos_ids(teacher, teacher_tokenizer)
+        if teacher_eos != eos:
+            notes.append(
+                f"EOS differs: teacher {sorted(teacher_eos)}, student {sorted(eos)}; "
+                "any of them ends a response"
+            )
+            eos |= teacher_eos
+        if teacher_tokenizer.chat_template != tokenizer.chat_template:
+            notes.append("chat templates differ: the student's is used for both models")
+        if count_parameters(teacher) < count_parameters(student):
+            notes.append(
+                f"the teacher ({count_parameters(teacher):,} parameters) is smaller than the "
+                f"student ({count_parameters(student):,}): allowed, but is it what you meant?"
+            )
+    for role, model in (("teacher", teacher), ("student", student)):
+        if model is None:
+            continue
+        rows = head_of(model).weight.shape[0]
+        if rows < size:
+            raise ValueError(f"{role}: got a head of {rows} rows, expected at least {size} tokens")
+        if rows > size:
+            notes.append(f"{role}: {rows - size} padded vocabulary rows are left out")
+    return Vocabulary(size, tuple(sorted(eos)), tokenizer.pad_token_id, tuple(notes))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_weights(model: nn.Module, role: str) -> None:
+    """Refuse a checkpoint with NaN or infinite weights before any work starts."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of `model` to 0, so that rollout and loss see the same student."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):  # some layers keep the rate as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

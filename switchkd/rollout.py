@@ -1,0 +1,276 @@
+"""The naive rollout: both models, one token at a time, each with its own KV cache.
+
+It is the baseline of every benchmark and the oracle of the block decoder. One step:
+eager softmax of both rows -> divergence -> compare with the threshold -> select.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from switchkd_kernels import InvalidLogits, sample, switch_select
+from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
+from torch import Tensor
+
+from switchkd.policies import Policy, Student
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Divergences always compare the unwarped distributions at T = 1, because
+    a truncated support makes them jump; only the draw is warped. Temperature 0 is greedy."""
+
+    seed: int = 0
+    teacher_temperature: float = 1.0
+    student_temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        for name in ("teacher_temperature", "student_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: got {self.top_k}, expected 0 (off) or a positive integer")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p: got {self.min_p}, expected a number in [0, 1)")
+
+    @property
+    def filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass
+class Rollout:
+    """Completions of B prompts, at most T tokens each, with the record of every token.
+
+    tokens (B, T) int64, `pad` after each row's end; lengths (B,) int64, EOS counted;
+    from_teacher (B, T) bool; divergence, threshold, teacher_logprob, student_logprob (B, T) float,
+    NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD; log-probabilities
+    in nats at temperature 1). Without a teacher, its columns are NaN.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    from_teacher: Tensor
+    divergence: Tensor
+    threshold: Tensor
+    teacher_logprob: Tensor
+    student_logprob: Tensor
+    seconds: float = 0.0
+
+    RECORDS = ("from_teacher", "divergence", "threshold", "teacher_logprob", "student_logprob")
+
+    def completions(self) -> list[list[int]]:
+        rows = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        return [row[:length] for row, length in rows]
+
+    def teacher_tokens(self) -> int:
+        return int(self.from_teacher.sum())
+
+    def record(self, row: int) -> dict:
+        """One row as JSON values: ids and the per-token record; what is not finite is null."""
+        n = int(self.lengths[row])
+        columns = {"tokens": self.tokens[row, :n].tolist()}
+        columns["from_teacher"] = self.from_teacher[row, :n].int().tolist()
+        for name in self.RECORDS[1:]:
+            values = getattr(self, name)[row, :n].tolist()
+            columns[name] = [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+        return columns
+
+    @staticmethod
+    def join(parts: Sequence[Rollout], order: Sequence[int], pad: int) -> Rollout:
+        """Stack rollouts of several batches; row i of the result is row order[i] of the stack."""
+        width = max(part.tokens.shape[1] for part in parts)
+        fill = {"tokens": pad, "from_teacher": False}
+        index = torch.as_tensor(order)
+
+        def stack(name: str) -> Tensor:
+            rows = [
+                torch.nn.functional.pad(
+                    getattr(part, name),
+                    (0, width - part.tokens.shape[1]),
+                    value=fill.get(name, float("nan")),
+                )
+                for part in parts
+            ]
+            return torch.cat(rows)[index]
+
+        columns = {name: stack(name) for name in ("tokens", *Rollout.RECORDS)}
+        lengths = torch.cat([part.lengths for part in parts])[index]
+        return Rollout(lengths=lengths, seconds=sum(p.seconds for p in parts), **columns)
+
+
+@dataclass
+class _Stream:
+    """One model and its cache, fed with left-padded tokens."""
+
+    model: torch.nn.Module
+    cache: object = field(default=None)
+
+    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Feed tokens (B, n); returns the logits (B, V) after the last one."""
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+
+def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that are empty, or that do not leave room for the response."""
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty, expected at least one token")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    need = max(map(len, prompts)) + max_new_tokens
+    if limit is not None and need > limit:
+        raise ValueError(
+            f"the longest prompt and max_new_tokens need {need} positions, "
+            f"expected at most {limit} ({type(model).__name__}.config.max_position_embeddings)"
+        )
+
+
+@torch.no_grad()
+def rollout_naive(
+    teacher: torch.nn.Module | None,
+    student: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    vocab_size: int | None = None,
+    sampling: Sampling | None = None,
+    sequence_ids: Sequence[int] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Write one completion per prompt, token by token, both models on the mixed prefix.
+
+    prompts: B lists of token ids, any lengths, none empty. policy: who writes (default: student).
+    teacher may be None for the student policy. vocab_size: the shared real vocabulary where the
+    models pad theirs differently. sequence_ids: B integers that key the noise (default 0..B-1); a
+    row's tokens depend on (prompt, seed, sequence id) alone, never on the batch around it.
+    on_step(t, rows still running) is called after every token.
+
+    Raises ValueError for prompts that do not fit and InvalidLogits, with the row, for NaN logits.
+    Source: SWITCH, arXiv 2410.19503, Algorithm 1.
+    """
+    policy, sampling = policy or Student(), sampling or Sampling()
+    if teacher is None and policy.needs_teacher:
+        raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
+    streams = [_Stream(model) for model in (teacher, student) if model is not None]
+    for stream in streams:
+        check_lengths(stream.model, prompts, max_new_tokens)
+        stream.model.eval()
+
+    start = time.perf_counter()
+    device = student.device
+    rows, longest = len(prompts), max(map(len, prompts))
+    ids = torch.as_tensor(range(rows) if sequence_ids is None else sequence_ids, device=device)
+    eos = torch.as_tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+
+    prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
+    padded = [[pad_token_id] * (longest - len(p)) + list(p) for p in prompts]
+    tokens = torch.tensor(padded, device=device)
+    slots = torch.arange(longest + max_new_tokens, device=device)
+    mask = (slots >= longest - prompt_lengths[:, None]).long()
+    positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
+
+    state = policy.start(rows, device)
+    running = torch.ones(rows, dtype=torch.bool, device=device)
+    record = []
+    for t in range(max_new_tokens):
+        logits = [s.step(tokens, mask[:, : longest + t], positions) for s in streams]
+        step = torch.full((rows,), t, device=device)
+        chosen, tau = _select(logits, policy, state, sampling, ids, step, vocab_size)
+        record.append((chosen, tau, running.clone()))
+        if teacher is not None:
+            policy.observe(state, tau, chosen.divergence)
+        running &= ~torch.isin(chosen.token, eos)
+        left = int(running.sum())
+        if on_step is not None:
+            on_step(t, left)
+        if left == 0:
+            break
+        tokens = torch.where(running, chosen.token, pad_token_id)[:, None]
+        positions = (prompt_lengths + t)[:, None]
+
+    alive = torch.stack([r[2] for r in record], 1)
+
+    def column(values: list[Tensor], fill) -> Tensor:
+        return torch.where(alive, torch.stack(values, 1), fill).cpu()
+
+    return Rollout(
+        tokens=column([c.token for c, _, _ in record], pad_token_id),
+        lengths=alive.sum(1).cpu(),
+        from_teacher=column([c.from_teacher for c, _, _ in record], False),
+        divergence=column([c.divergence for c, _, _ in record], float("nan")),
+        threshold=column([tau for _, tau, _ in record], float("nan")),
+        teacher_logprob=column([c.teacher_logprob for c, _, _ in record], float("nan")),
+        student_logprob=column([c.student_logprob for c, _, _ in record], float("nan")),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _select(logits, policy, state, sampling, ids, positions, vocab_size):
+    """One decision for all rows: (SwitchSelection, threshold)."""
+    keys = dict(seed=sampling.seed, sequence_ids=ids, positions=positions)
+    warp = dict(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+    tau = policy.threshold(state, **keys)
+    *teacher_logits, student_logits = logits
+    options = dict(vocab_size=vocab_size, **keys)
+    try:
+        student_token = teacher_token = None
+        if sampling.filtered or not teacher_logits:
+            student_token = sample(
+                student_logits, temperature=sampling.student_temperature, **warp, **options
+            )
+        if not teacher_logits:
+            log_q = student_logits[:, :vocab_size].float().log_softmax(-1)
+            nothing = torch.full_like(log_q[:, 0], float("nan"))
+            return SwitchSelection(
+                token=student_token,
+                from_teacher=torch.zeros_like(student_token, dtype=torch.bool),
+                divergence=nothing,
+                teacher_logprob=nothing,
+                student_logprob=log_q.gather(1, student_token[:, None])[:, 0],
+            ), tau
+        if sampling.filtered:
+            stream = STREAM_REDRAW if policy.metric == "rank" else STREAM_TOKEN
+            teacher_token = sample(
+                teacher_logits[0],
+                temperature=sampling.teacher_temperature,
+                stream=stream,
+                **warp,
+                **options,
+            )
+        chosen = switch_select(
+            teacher_logits[0],
+            student_logits,
+            tau,
+            metric=policy.metric,
+            teacher_temperature=sampling.teacher_temperature,
+            student_temperature=sampling.student_temperature,
+            teacher_token=teacher_token,
+            student_token=student_token,
+            **options,
+        )
+    except InvalidLogits as error:
+        where = f"token {int(positions[error.row])} of sequence {int(ids[error.row])}"
+        error.args = (f"{where}: {error}",)
+        raise
+    return chosen, tau

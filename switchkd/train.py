@@ -1,0 +1,267 @@
+"""`python -m switchkd.train`: distil a teacher into a student.
+
+Without arguments: the embedded demonstration. Otherwise `--config FILE.yaml` and flags; flags win.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+
+from switchkd import metrics
+from switchkd.checkpoint import check_checkpoint, last_checkpoint
+from switchkd.config import ScriptArguments, SwitchConfig, parse
+from switchkd.console import GracefulStop, print_summary
+from switchkd.data import Rows, read_examples, tokenize
+from switchkd.models import (
+    count_parameters,
+    cut_layers,
+    load_model,
+    load_tokenizer,
+)
+from switchkd.trainer import SwitchTrainer
+
+# Options that may differ between a run and its continuation; any other would change the result.
+FREE_TO_CHANGE = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "log_completions",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "logging_dir",
+    "save_total_limit",
+    "rollout_batch_size",
+    "eval_temperature",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    console = Console()
+    try:
+        script, config = parse(argv)
+        return run(script, config, console)
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped at once; continue from the last checkpoint with --resume_from_checkpoint last")
+        return 130
+
+
+def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
+    """One training run; returns the exit code."""
+    resume = prepare_output(script, config)
+    tokenizer, student, teacher_tokenizer, teacher = load_models(script, config)
+    train_rows, eval_rows = load_data(script, config, tokenizer)
+    for rows in (train_rows, eval_rows):
+        console.print(str(rows.report), markup=False, highlight=False)
+
+    trainer = SwitchTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        peft_config=peft_config(script),
+    )
+    for note in trainer.vocabulary.notes:
+        console.print(f"note: {note}", markup=False)
+    sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
+    if teacher is not None:
+        sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
+    console.print(f"{sizes}; {config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows")
+
+    stop = GracefulStop()
+    stop.install()
+    trainer.add_callback(stop)
+    if resume is not None:
+        trainer.load_run_state(resume)
+        console.print(f"resuming from {resume}")
+    elif config.eval_strategy != "no":
+        trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
+    trainer.start_clock()
+    trainer.train(resume_from_checkpoint=resume)
+    if stop.requested:
+        console.print(
+            f"stopped at step {trainer.state.global_step}; continue with "
+            f"--resume_from_checkpoint last --output_dir {config.output_dir}"
+        )
+        return 130
+    totals = trainer.run_state()["totals"]
+    after = scores(trainer.evaluate(metric_key_prefix="after"), "after")
+    trainer.save_model(config.output_dir)
+    summary = summarise(trainer, totals, after, eval_rows)
+    if trainer.is_world_process_zero():
+        path = Path(config.output_dir) / "summary.json"
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        print_summary(summary, console)
+        console.print(f"model and summary.json are in {config.output_dir}")
+    return 0
+
+
+def prepare_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
+    """Check the output folder and write config.yaml; returns the checkpoint to resume from."""
+    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    record = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: got the file {folder}, expected a folder")
+    values = {**asdict(script), **config.to_dict()}
+    values = {k: v for k, v in values.items() if k not in FREE_TO_CHANGE}
+    if wanted in (None, False, "false", "False"):
+        config.resume_from_checkpoint = None
+        taken = record.exists() or any(folder.glob("checkpoint-*"))
+        if taken and not config.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir: {folder} holds another run; expected a new folder, "
+                "--resume_from_checkpoint last to go on with it, or --overwrite_output_dir true"
+            )
+        if taken:
+            for path in folder.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            for name in ("completions.jsonl", "summary.json"):
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")
+        return None
+    if str(wanted).lower() in ("true", "last"):
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: got no intact checkpoint in {folder}")
+    else:
+        checkpoint = str(wanted)
+        check_checkpoint(checkpoint)
+    if record.exists():
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        for key in sorted(before.keys() & values.keys()):
+            if before[key] != values[key]:
+                raise ValueError(
+                    f"{key}: got {values[key]!r}, expected {before[key]!r} as in the run to resume "
+                    f"({record})"
+                )
+    config.resume_from_checkpoint = checkpoint
+    return checkpoint
+
+
+def load_models(script: ScriptArguments, config: SwitchConfig):
+    """(tokenizer, student, teacher's tokenizer, teacher); the last two are None if not needed."""
+    shared = {"trust_remote_code": script.trust_remote_code}
+    weights = dict(shared)
+    if script.attn_implementation is not None:
+        weights["attn_implementation"] = script.attn_implementation
+    name, gguf = script.model_name_or_path, script.gguf_file
+    tokenizer = load_tokenizer(name, gguf_file=gguf, revision=script.model_revision, **shared)
+    student = load_model(
+        name,
+        dtype=script.dtype,
+        gguf_file=gguf,
+        revision=script.model_revision,
+        **weights,
+    )
+    if script.student_layers is not None:
+        cut_layers(student, script.student_layers)
+    if not config.needs_teacher and script.teacher_model_name_or_path is None:
+        return tokenizer, student, None, None
+    if script.teacher_model_name_or_path is None:
+        raise ValueError(
+            "teacher_model_name_or_path: got None, expected a teacher "
+            f"(rollout_policy {config.rollout_policy}, loss_type {config.loss_type})"
+        )
+    name, gguf = script.teacher_model_name_or_path, script.teacher_gguf_file
+    revision = script.teacher_model_revision
+    teacher_tokenizer = load_tokenizer(name, gguf_file=gguf, revision=revision, **shared)
+    teacher = load_model(
+        name, dtype=script.teacher_dtype, gguf_file=gguf, revision=revision, **weights
+    )
+    return tokenizer, student, teacher_tokenizer, teacher
+
+
+def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple[Rows, Rows]:
+    """Tokenised training and validation rows; validation is held out of training if not named."""
+    limits = dict(
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_new_tokens,
+        template=script.template,
+    )
+    examples, report = read_examples(
+        script.dataset_name, split=script.dataset_train_split, limit=script.max_train_rows
+    )
+    if script.eval_dataset_name is not None:
+        held_out, eval_report = read_examples(
+            script.eval_dataset_name, split=script.dataset_test_split
+        )
+        held_out = held_out[: script.eval_size]
+    else:
+        count = min(script.eval_size, len(examples) // 2)
+        if count < 1:
+            raise ValueError(
+                f"{report.source}: got {len(examples)} rows, expected at least 2 to hold out "
+                "validation rows, or eval_dataset_name"
+            )
+        picked = set(random.Random(config.seed).sample(range(len(examples)), count))
+        held_out = [e for i, e in enumerate(examples) if i in picked]
+        examples = [e for i, e in enumerate(examples) if i not in picked]
+        eval_report = type(report)(f"{report.source} (held out)", form=report.form)
+    train = tokenize(examples, report, tokenizer, **limits)
+    if config.lmbda < 1 and not all(row.completion_ids for row in train.rows):
+        raise ValueError(
+            f"{report.source}: got rows without a response, expected responses for the share "
+            f"1 - lmbda = {1 - config.lmbda:g} of rows trained on data, or lmbda 1"
+        )
+    return train, tokenize(held_out, eval_report, tokenizer, **limits)
+
+
+def peft_config(script: ScriptArguments):
+    """A LoraConfig, or None."""
+    if not script.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("use_peft: needs the package peft; pip install peft") from None
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def scores(result: dict, prefix: str) -> dict:
+    return {key.removeprefix(f"{prefix}_"): value for key, value in result.items()}
+
+
+def summarise(trainer: SwitchTrainer, totals: dict, after: dict, eval_rows: Rows) -> dict:
+    """The content of summary.json."""
+    tokens = totals["tokens"]
+    return {
+        "before": trainer.before or {},
+        "after": after,
+        "floors": metrics.floors(eval_rows.rows),
+        "teacher_share": totals["teacher_tokens"] / tokens if tokens else None,
+        "rollout_tokens": tokens,
+        "tokens_per_second": tokens / totals["rollout_seconds"] if tokens else None,
+        "seconds": totals["seconds"],
+        "steps": trainer.state.global_step,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

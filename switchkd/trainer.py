@@ -1,0 +1,408 @@
+"""SwitchTrainer: `transformers.Trainer` whose batches are partly written by teacher and student.
+
+One optimizer window: draw the rows -> decide per row, seeded, rollout or data -> decode all rollouts
+of the window at once -> skew reverse KL over all response tokens, divided by their global number.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from switchkd_kernels import InvalidLogits, uniform
+from switchkd_kernels.reference import STREAM_MIX
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from switchkd import losses, metrics
+from switchkd.checkpoint import RUN_STATE, checkpoint_step, drop_completions_after, last_checkpoint
+from switchkd.config import SwitchConfig
+from switchkd.console import print_completion
+from switchkd.data import Report, Row, Rows, examples_from, text_blocks, tokenize
+from switchkd.models import (
+    check_weights,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    share_vocabulary,
+)
+from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_naive
+
+class SwitchTrainer(Trainer):
+    """Distil `teacher_model` into `model` with teacher-intervened rollouts.
+
+    model, teacher_model: causal language models, or their Hub ids or folders; the teacher may be
+    None for `loss_type="cross_entropy"`. args: SwitchConfig. train_dataset, eval_dataset: rows in
+    one of the forms of `switchkd.data` (a `datasets.Dataset` or a list of dicts), or tokenised
+    `Rows`. processing_class: the tokenizer of both models. peft_config: train an adapter instead of
+    the whole student (needs peft). Other arguments as in `transformers.Trainer`.
+
+    Raises ValueError for models that do not share a tokenizer, rows that fit no form, and
+    impossible lengths, all before training starts.
+    """
+
+    _tag_names = ("switchkd", "knowledge-distillation")
+
+    def __init__(
+        self,
+        model,
+        teacher_model=None,
+        args: SwitchConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        teacher_processing_class=None,
+        text_sink=print_completion,
+        **kwargs,
+    ):
+        args = args or SwitchConfig()
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model)
+        if isinstance(teacher_model, str):
+            teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model)
+            teacher_model = load_model(teacher_model)
+        if processing_class is None:
+            raise ValueError("processing_class: got None, expected the tokenizer of both models")
+        if teacher_model is None and args.needs_teacher:
+            raise ValueError(
+                f"teacher_model: got None, but rollout_policy {args.rollout_policy} with loss_type "
+                f"{args.loss_type} needs one"
+            )
+        self.vocabulary = share_vocabulary(
+            teacher_model, model, teacher_processing_class or processing_class, processing_class
+        )
+        for role, checked in (("teacher", teacher_model), ("student", model)):
+            if checked is not None:
+                check_weights(checked, role)
+                limit = [[0] * args.max_prompt_length]
+                check_lengths(checked, limit, args.max_new_tokens)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.policy, self.sampling = args.policy(), args.sampling()
+        self._lm_blocks = None
+        if args.lm_file is not None and args.lm_coef > 0:
+            width = args.max_prompt_length + args.max_new_tokens
+            self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
+        self._text_sink = text_sink
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda rows: {"rows": torch.tensor(rows)},
+            train_dataset=_as_rows(train_dataset, processing_class, args),
+            eval_dataset=_as_rows(eval_dataset, processing_class, args),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.loss_is_scaled_for_ga = True  # by the global number of response tokens
+        self.teacher = teacher_model
+        if teacher_model is not None:
+            self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
+        self._decoding_copy = None
+        self._logs: dict[str, list[float]] = defaultdict(list)
+        self._last_sample = None
+        self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
+        self.before: dict[str, float] | None = None
+        self._clock = time.time()
+
+    # ------------------------------------------------------------------ one window of batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """All micro-batches of one optimizer step, the rollouts of all of them decoded at once.
+
+        Rows are dealt to micro-batches by length: the window's gradient is one sum over its tokens,
+        so who sits with whom changes nothing but the padding.
+        """
+        sizes, rows = [], []
+        for _ in range(num_batches):
+            try:
+                batch = next(epoch_iterator)["rows"].tolist()
+            except StopIteration:
+                break
+            rows += [self.train_dataset.rows[i] for i in batch]
+            sizes.append(len(batch))
+        epoch = int(self.state.epoch or 0)
+        completions = [row.completion_ids for row in rows]
+        chosen = [i for i, use in enumerate(self.choose_generated(rows, epoch)) if use]
+        if chosen:
+            rollout = self.roll_out([rows[i] for i in chosen], epoch)
+            for i, tokens in zip(chosen, rollout.completions(), strict=True):
+                completions[i] = tokens
+            self._record(rollout, [rows[i] for i in chosen])
+        order = sorted(
+            range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
+        )
+        batches = []
+        for size in sizes:
+            part, order = order[:size], order[size:]
+            inputs = losses.collate(
+                [rows[i].prompt_ids for i in part],
+                [completions[i] for i in part],
+                self.vocabulary.pad_token_id,
+            )
+            inputs["row_ids"] = torch.tensor([rows[i].id for i in part])
+            if self._lm_blocks is not None:
+                inputs["lm_ids"] = self._choose_blocks([rows[i] for i in part], epoch)
+            batches.append(inputs)
+        counts = torch.tensor([sum(map(len, completions)), len(rows)], device=device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return batches, counts
+
+    def choose_generated(self, rows: list[Row], epoch: int) -> list[bool]:
+        """Which rows are trained on a rollout: a coin of weight `lmbda` per row and epoch."""
+        if not rows:
+            return []
+        coin = uniform(
+            self.args.seed,
+            torch.tensor([row.id for row in rows]),
+            torch.full((len(rows),), epoch),
+            STREAM_MIX,
+        )
+        return [
+            bool(c < self.args.lmbda) or not row.completion_ids
+            for c, row in zip(coin.tolist(), rows, strict=True)
+        ]
+
+    def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
+        """Completions of `rows` by the current student and the teacher, in the order given."""
+        student = self._student_for_decoding()
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+        parts, size = [], self.args.rollout_batch_size
+        for at in range(0, len(order), size):
+            part = [rows[i] for i in order[at : at + size]]
+            parts.append(
+                rollout_naive(
+                    self.teacher,
+                    student,
+                    [row.prompt_ids for row in part],
+                    self.policy,
+                    max_new_tokens=self.args.max_new_tokens,
+                    eos_token_ids=self.vocabulary.eos_token_ids,
+                    pad_token_id=self.vocabulary.pad_token_id,
+                    vocab_size=self.vocabulary.size,
+                    sampling=self.sampling,
+                    sequence_ids=[sequence_id(row.id, epoch) for row in part],
+                )
+            )
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return Rollout.join(parts, inverse, self.vocabulary.pad_token_id)
+
+    def _student_for_decoding(self):
+        """The student itself, or its copy in `rollout_dtype`, refreshed."""
+        student = self.accelerator.unwrap_model(self.model)
+        if self.args.rollout_dtype is None:
+            return student
+        if self._decoding_copy is None:
+            dtype = getattr(torch, self.args.rollout_dtype)
+            self._decoding_copy = copy.deepcopy(student).to(dtype).requires_grad_(False)
+        with torch.no_grad():
+            pairs = zip(self._decoding_copy.parameters(), student.parameters(), strict=True)
+            for mine, current in pairs:
+                mine.copy_(current)
+        return self._decoding_copy
+
+    def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
+        """One block of the language-model text per row, by (row, epoch): independent of batching."""
+        ids = torch.tensor([row.id for row in rows])
+        at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_MIX + 1)
+        return self._lm_blocks[(at * len(self._lm_blocks)).long()]
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        tokens, samples = num_items_in_batch
+        student, args = self.accelerator.unwrap_model(model), self.args
+        row_ids, lm_ids = inputs.pop("row_ids"), inputs.pop("lm_ids", None)
+        start = time.perf_counter()
+        try:
+            loss = losses.distillation_loss(
+                self.teacher,
+                model,
+                student,
+                inputs,
+                vocab_size=self.vocabulary.size,
+                kind=args.loss_type,
+                alpha=args.skew_alpha,
+                beta=0.5 if args.beta is None else args.beta,
+                detach_mixture=args.detach_mixture,
+            )
+        except InvalidLogits as error:
+            where = torch.repeat_interleave(row_ids, inputs["completion_mask"].sum(1))
+            raise self._broken(f"data row {int(where[error.row])}: {error}") from error
+        loss = loss / tokens.clamp(min=1)
+        if lm_ids is not None:
+            mask = torch.ones_like(lm_ids)
+            text = {"input_ids": lm_ids, "attention_mask": mask, "completion_mask": mask.bool()}
+            lm_loss = losses.distillation_loss(
+                None, model, student, text, vocab_size=self.vocabulary.size, kind="cross_entropy"
+            )
+            loss = loss + args.lm_coef * lm_loss / (samples * (lm_ids.shape[1] - 1))
+        if not torch.isfinite(loss):
+            raise self._broken(f"data rows {row_ids.tolist()}: the loss is {loss.item()}")
+        self._logs["time/loss"].append(time.perf_counter() - start)
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes
+
+    def _broken(self, what: str) -> FloatingPointError:
+        last = last_checkpoint(self.args.output_dir)
+        return FloatingPointError(
+            f"step {self.state.global_step + 1}, {what}. Training stops; "
+            + (f"the last intact checkpoint is {last}" if last else "no checkpoint was written yet")
+        )
+
+    # ------------------------------------------------------------------ records and logs
+
+    def _record(self, rollout: Rollout, rows: list[Row]) -> None:
+        tokens, teacher = int(rollout.lengths.sum()), rollout.teacher_tokens()
+        self.totals["tokens"] += tokens
+        self.totals["teacher_tokens"] += teacher
+        self.totals["rollout_seconds"] += rollout.seconds
+        lengths = rollout.lengths.double()
+        ended = torch.isin(
+            rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0],
+            torch.tensor(self.vocabulary.eos_token_ids),
+        )
+        self._logs["completions/mean_length"].append(lengths.mean().item())
+        self._logs["completions/min_length"].append(lengths.min().item())
+        self._logs["completions/max_length"].append(lengths.max().item())
+        self._logs["completions/clipped_ratio"].append(1 - ended.double().mean().item())
+        self._logs["rollout/teacher_share"].append(teacher / tokens)
+        self._logs["rollout/tokens_per_second"].append(tokens / rollout.seconds)
+        self._logs["rollout/divergence"].append(rollout.divergence.nanmean().item())
+        self._logs["time/rollout"].append(rollout.seconds)
+        if not (self.args.save_completions or self.args.log_completions):
+            return
+        records = [
+            {
+                "step": self.state.global_step + 1,
+                "row": row.id,
+                "prompt": self.processing_class.decode(row.prompt_ids),
+                "completion": self.processing_class.decode(tokens),
+                **rollout.record(i),
+            }
+            for i, (row, tokens) in enumerate(zip(rows, rollout.completions(), strict=True))
+        ]
+        self._last_sample = records[0]
+        if self.args.save_completions:
+            records = gather_object(records) if self.args.world_size > 1 else records
+            if self.is_world_process_zero():
+                with (Path(self.args.output_dir) / "completions.jsonl").open("a") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs.update({name: sum(v) / len(v) for name, v in self._logs.items() if v})
+            self._logs.clear()
+            if self._last_sample and self.args.log_completions and self.is_world_process_zero():
+                self._text_sink(self.processing_class, self._last_sample)
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------ validation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row."""
+        rows = (eval_dataset or self.eval_dataset).rows
+        mine = rows[self.args.process_index :: self.args.world_size]
+        student, start = self.accelerator.unwrap_model(self.model), time.perf_counter()
+        sums = metrics.teacher_forced(
+            self.teacher,
+            student,
+            mine,
+            self.vocabulary,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        sampled = [row for row in mine if row.example.references]
+        texts = metrics.generate(
+            self._student_for_decoding(),
+            sampled,
+            self.processing_class,
+            self.vocabulary,
+            Sampling(seed=self.args.seed, student_temperature=self.args.eval_temperature),
+            max_new_tokens=self.args.max_new_tokens,
+            batch_size=self.args.rollout_batch_size,
+        )
+        scores = [
+            metrics.rouge_l(t, r.example.references) for t, r in zip(texts, sampled, strict=True)
+        ]
+        sums = torch.cat([sums, sums.new_tensor([sum(scores), len(scores)])])
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+        tokens, ce, kl, js, rouge, count = sums.tolist()
+        values = {
+            "cross_entropy": ce / max(tokens, 1),
+            "kl": kl / max(tokens, 1),
+            "jsd": js / max(tokens, 1),
+            "rouge_l": rouge / max(count, 1),
+        }
+        values = {k: v for k, v in values.items() if not math.isnan(v)}
+        result = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        result[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
+        self.log(dict(result))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, result
+        )
+        return result
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            if self.is_world_process_zero():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / RUN_STATE).write_text(json.dumps(self.run_state()))
+            super()._save_checkpoint(model, trial)  # writes trainer_state.json last
+        except Exception as error:  # a full disk surfaces as OSError, RuntimeError, SafetensorError
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"could not save {folder.name} ({error}); "
+                + (f"the last intact checkpoint is {last}" if last else "no checkpoint is left")
+            ) from error
+
+    def start_clock(self) -> None:
+        """From here on, time counts as training."""
+        self._clock = time.time()
+
+    def run_state(self) -> dict:
+        totals = dict(self.totals)
+        totals["seconds"] += time.time() - self._clock
+        return {"totals": totals, "before": self.before}
+
+    def load_run_state(self, checkpoint: str) -> None:
+        """Continue the totals of a checkpoint, and forget completions written after it."""
+        state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
+        self.totals, self.before = state["totals"], state["before"]
+        if self.is_world_process_zero():
+            drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
+
+
+def sequence_id(row_id: int, epoch: int) -> int:
+    """Keys the noise of a rollout: fresh for each row and epoch (below 2^56)."""
+    return (epoch << 32) | row_id
+
+
+def _as_rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
+    if dataset is None or isinstance(dataset, Rows):
+        return dataset
+    examples, report = examples_from(dataset, Report(source="dataset"))
+    return tokenize(
+        examples,
+        report,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_new_tokens,
+    )

@@ -1,0 +1,71 @@
+"""Small models, a tokenizer without files, and settings that hold for every test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a bug
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 60  # shared real vocabulary of the tiny models
+EOS, PAD = 1, 0
+
+_DEEP = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, max_position_embeddings=128)
+_GATED = dict(**_DEEP, intermediate_size=48, num_key_value_heads=2)
+
+
+def _config(name: str, vocab_size: int, **changes):
+    ids = dict(vocab_size=vocab_size, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+    if name == "gpt2":
+        return GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=128, **ids)
+    if name == "opt":
+        return OPTConfig(**_DEEP, ffn_dim=48, word_embed_proj_dim=16, **ids)
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[name]
+    extra = {"head_dim": 8} if name == "qwen3" else {}
+    return kind(**{**_GATED, **changes}, **extra, **ids)
+
+
+ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
+
+
+def tiny_model(name="llama", *, seed=0, vocab_size=VOCAB, dtype=torch.float64, spread=15.0, **kw):
+    """A random model whose distributions are far from uniform (`spread` scales the head)."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_config(name, vocab_size, **kw)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(spread)
+    return model
+
+
+def byte_tokenizer(pad="<pad>"):
+    """One token a byte, the first ids special; pad may be '<eos>', too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<eos>"]
+    table = {token: i for i, token in enumerate([*specials, *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=table, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token=pad)
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,186 @@
+"""Reading, detecting, templating, tokenising; and what happens to bad rows."""
+
+import json
+
+import pytest
+from conftest import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchkd.data import Report, alpaca_prompt, examples_from, read_examples, text_blocks, tokenize
+
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def tokenized(records, tokenizer, prompt=500, completion=50, template="auto"):
+    examples, report = examples_from(records, Report("rows"))
+    return tokenize(
+        examples,
+        report,
+        tokenizer,
+        max_prompt_length=prompt,
+        max_completion_length=completion,
+        template=template,
+    )
+
+
+def test_alpaca_template_with_and_without_input():
+    with_input = alpaca_prompt("Do it.", "this")
+    assert with_input.startswith("Below is an instruction that describes a task, paired with an")
+    assert with_input.endswith("\n\n### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n")
+    without = alpaca_prompt("Do it.")
+    assert "Input" not in without and "paired" not in without
+
+
+@pytest.mark.parametrize(
+    "record, form",
+    [
+        (ALPACA, "instruction/input/output"),
+        (
+            {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "x"},
+            "instruction/context/response",
+        ),
+    ],
+)
+def test_both_instruction_forms_make_the_same_tokens(record, form, tokenizer):
+    rows = tokenized([record], tokenizer)
+    assert rows.report.form == form and rows.report.template == "alpaca template"
+    (row,) = rows.rows
+    assert tokenizer.decode(row.prompt_ids) == alpaca_prompt("Add.", "1 and 2")
+    assert row.completion_ids == [*tokenizer("3")["input_ids"], tokenizer.eos_token_id]
+    assert row.example.question == "Add.\n1 and 2"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "completion": [{"role": "assistant", "content": "yo"}],
+        },
+        {"prompt": "hi", "completion": "yo"},
+    ],
+)
+def test_chat_template_is_used_where_there_is_one(record, tokenizer):
+    tokenizer.chat_template = CHAT
+    rows = tokenized([record], tokenizer)
+    assert rows.report.template == "chat template"
+    assert tokenizer.decode(rows.rows[0].prompt_ids) == "[user]hi[assistant]"
+    assert tokenizer.decode(rows.rows[0].completion_ids) == "yo<eos>"
+
+
+def test_plain_prompts_stay_as_they_are_and_may_lack_a_completion(tokenizer):
+    rows = tokenized([{"prompt": "2+2="}], tokenizer)
+    assert rows.report.template == "none template"
+    assert tokenizer.decode(rows.rows[0].prompt_ids) == "2+2="
+    assert rows.rows[0].completion_ids == []
+
+
+def test_pad_equal_to_eos_keeps_the_eos_target():
+    tokenizer = byte_tokenizer(pad="<eos>")
+    (row,) = tokenized([ALPACA], tokenizer).rows
+    assert row.completion_ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+
+
+def test_several_references_are_kept(tokenizer):
+    (row,) = tokenized([{**ALPACA, "output": ["3", "three"]}], tokenizer).rows
+    assert row.example.references == ("3", "three")
+    assert tokenizer.decode(row.completion_ids) == "3<eos>"
+
+
+def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
+    rows = [ALPACA, {**ALPACA, "output": " "}, {**ALPACA, "instruction": ""}, ALPACA]
+    rows.append({**ALPACA, "output": "x" * 51})
+    rows.append({**ALPACA, "input": "x" * 600})
+    path = write(tmp_path / "a.jsonl", rows)
+    with open(path, "a") as file:
+        file.write("\n" + json.dumps(ALPACA) + "\n")
+    examples, report = read_examples(path)
+    kept = tokenize(examples, report, tokenizer, max_prompt_length=500, max_completion_length=50)
+    assert [row.id for row in kept.rows] == [1, 4, 8]
+    assert report.left_out == {
+        "rows with an empty response": [2],
+        "rows with an empty prompt": [3],
+        "rows with a response over 50 tokens": [5],
+        "rows with a prompt over 500 tokens": [6],
+        "blank lines": [7],
+    }
+    assert "left out 1 rows with an empty response: line 2" in str(report)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"instruction": "a", "outp', r"line 2: not valid JSON .* Is the file cut off"),
+        ("[1, 2]", r"line 2: got list, expected a JSON object"),
+        ('{"question": "a"}', r"line 2: got the keys \['question'\], expected one of"),
+        ('{"instruction": 3, "output": "b"}', r"line 2: instruction: got int, expected a string"),
+        ('{"instruction": "a", "output": 3}', r"line 2: output: got 3, expected a string"),
+        ('{"prompt": "a", "completion": "b"}', r"line 2: got the form prompt/completion, expected"),
+        ('{"messages": [{"role": "user"}]}', r"line 2: messages: expected messages with a role"),
+    ],
+)
+def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ALPACA) + "\n" + line)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, " + message):
+        read_examples(str(path))
+
+
+def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: got no usable rows"):
+        read_examples(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match="expected an existing .jsonl file"):
+        read_examples(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match="no row fits the length limits"):
+        tokenized([ALPACA], tokenizer, prompt=3)
+
+
+def test_several_messages_need_a_chat_template(tokenizer):
+    turns = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+    ]
+    with pytest.raises(ValueError, match="got 2 prompt messages, but the tokenizer has no"):
+        tokenized([{"messages": turns}], tokenizer)
+    with pytest.raises(ValueError, match="template: got 'chat', but"):
+        tokenized([ALPACA], tokenizer, template="chat")
+
+
+@given(st.text(min_size=1).filter(str.strip), st.text(), st.text(min_size=1).filter(str.strip))
+def test_any_text_survives_the_round_trip(instruction, extra, output):
+    record = {"instruction": instruction, "input": extra, "output": output}
+    tokenizer = byte_tokenizer()
+    (row,) = tokenized([record], tokenizer, prompt=10**6, completion=10**6).rows
+    assert tokenizer.decode(row.prompt_ids) == alpaca_prompt(instruction, extra)
+    assert tokenizer.decode(row.completion_ids[:-1]) == output
+
+
+def test_text_blocks(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefg")
+    blocks = text_blocks(str(path), tokenizer, 3)
+    assert [tokenizer.decode(b) for b in blocks] == ["abc", "def"]
+    with pytest.raises(ValueError, match="got 7 tokens, expected at least 8"):
+        text_blocks(str(path), tokenizer, 8)
+
+
+def test_embedded_data_is_there_with_its_licence():
+    from switchkd.models import EMBEDDED_DIR
+
+    train, _ = read_examples("embedded", split="train")
+    valid, _ = read_examples("embedded", split="valid")
+    assert len(train) >= 300 and len(valid) >= 50
+    assert not {e.question for e in train} & {e.question for e in valid}
+    notice = (EMBEDDED_DIR / "NOTICE.md").read_text()
+    assert "CC BY-SA 3.0" in notice and "Databricks" in notice
