@@ -2,12 +2,11 @@
 
 The teacher is a Llama-architecture model of 3.8 million parameters with its own byte-level BPE
 tokenizer of 2048 tokens. It is trained from nothing on the Dolly training rows: first on all
-tokens, then (the last 30 % of the steps) on the response tokens only. Three stages::
+tokens, then (the last 30 % of the steps) on the response tokens only. The stages are ``prepare``
+(tokenizer and rows), ``train`` (resumes from its checkpoint) and ``report`` (export, figures,
+samples); ``all`` runs the three::
 
-    python benchmarks/train_embedded_teacher.py prepare --data DIR   # tokenizer and rows
-    python benchmarks/train_embedded_teacher.py train --data DIR     # resumes from its checkpoint
-    python benchmarks/train_embedded_teacher.py report --data DIR    # export, figures, samples
-    python benchmarks/train_embedded_teacher.py all --data DIR       # the three in a row
+    python benchmarks/train_embedded_teacher.py all --data DIR
 
 DIR holds ``dolly/train.jsonl`` and ``dolly/valid.jsonl`` (keys instruction, input, output, source,
 id). The result is a function of the rows, the options, the thread count and the torch build.
@@ -16,13 +15,11 @@ id). The result is a function of the rows, the options, the thread count and the
 import argparse
 import json
 import math
-import os
 import random
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,8 +44,7 @@ def encode(tokenizer, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
     """Prompt ids and response ids (with the closing eos) of every row."""
     prompts = tokenizer([prompt_of(row) for row in rows], verbose=False)["input_ids"]
     responses = tokenizer([row["output"] for row in rows], verbose=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [(prompt, [*response, eos]) for prompt, response in zip(prompts, responses, strict=True)]
+    return [(p, [*r, tokenizer.eos_token_id]) for p, r in zip(prompts, responses, strict=True)]
 
 
 def prepare(args) -> None:
@@ -57,15 +53,12 @@ def prepare(args) -> None:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
+    start = {"special_tokens": [EOS, PAD], "initial_alphabet": core.pre_tokenizer.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, show_progress=False, **start)
     core.train_from_iterator((prompt_of(row) + row["output"] for row in rows), trainer)
     names = {"eos_token": EOS, "pad_token": PAD, "model_max_length": 1024}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, clean_up_tokenization_spaces=False, **names
-    )
+    names["clean_up_tokenization_spaces"] = False
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     tokenizer.save_pretrained(args.output / "teacher")
     (args.output / "data").mkdir(parents=True, exist_ok=True)
     for name, count in (("train", 400), ("valid", 60)):
@@ -84,11 +77,9 @@ def prepare(args) -> None:
 def new_model(tokenizer) -> LlamaForCausalLM:
     sizes = {"hidden_size": 256, "intermediate_size": 448, "num_hidden_layers": 6}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    ids["pad_token_id"] = tokenizer.pad_token_id
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, max_position_embeddings=1024, **sizes, **heads, **ids)
-    )
+    sizes |= {"vocab_size": VOCAB, "max_position_embeddings": 1024}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, bos_token_id=None))
 
 
 def make_batches(pairs, seed: int, batch_tokens: int) -> list[list[int]]:
@@ -121,7 +112,8 @@ def loss_sum(model, pairs, responses_only: bool) -> tuple[torch.Tensor, int]:
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[wanted]).float()
-    return F.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum"), int(wanted.sum())
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
+    return loss, int(wanted.sum())
 
 
 def train(args) -> None:
@@ -134,15 +126,14 @@ def train(args) -> None:
     optimizer = torch.optim.AdamW([decayed, others], lr=args.lr, betas=(0.9, 0.95))
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0, "epoch": 0, "used": 0}
     checkpoint = args.work / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         saved = torch.load(checkpoint)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        print(f"resumed at step {state['step']}")
-    args.work.mkdir(parents=True, exist_ok=True)
     batches = make_batches(pairs, args.seed + state["epoch"], args.batch_tokens)
-    begin, loss, targets = (time.time() - state["seconds"], state["tokens"]), 0.0, 0
+    begin, loss, targets = time.time() - state["seconds"], 0.0, 0
     while state["step"] < args.steps:
         if state["used"] == len(batches):
             state["epoch"], state["used"] = state["epoch"] + 1, 0
@@ -159,23 +150,18 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, targets = loss + total.item(), targets + count
-        state["step"] += 1
-        state["used"] += 1
+        state |= {"step": state["step"] + 1, "used": state["used"] + 1}
         state["tokens"] += sum(min(len(a) + len(b), MAX_TOKENS) for a, b in batch)
         done = state["step"] == args.steps
         if state["step"] % 20 == 0 or done:
-            state["loss"], state["seconds"] = loss / targets, time.time() - begin[0]
-            pace = state["tokens"] / state["seconds"]
-            print(
-                f"step {state['step']}/{args.steps} epoch {state['epoch']} lr {rate:.2e} "
-                f"loss {state['loss']:.4f} {pace:.0f} tokens/s {state['seconds']:.0f} s",
-                flush=True,
-            )
+            state["loss"], state["seconds"] = loss / targets, time.time() - begin
+            pace = f"{state['tokens'] / state['seconds']:.0f} tokens/s {state['seconds']:.0f} s"
+            print(f"step {state['step']}/{args.steps} loss {state['loss']:.4f} {pace}", flush=True)
             loss, targets = 0.0, 0
         if state["step"] % args.save_every == 0 or done:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**saved, "state": state}, args.work / "checkpoint.tmp")
-            os.replace(args.work / "checkpoint.tmp", checkpoint)
+            torch.save({**saved, "state": state}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
 def unigram(ids: list[int]) -> torch.Tensor:
@@ -186,11 +172,10 @@ def unigram(ids: list[int]) -> torch.Tensor:
 def floors(tokenizer, train_rows: list[dict], valid_rows: list[dict], seed: int) -> dict:
     """Cross-entropy in nats per response token of models that have not learnt the language."""
     train_pairs, valid_pairs = encode(tokenizer, train_rows), encode(tokenizer, valid_rows)
-    seen = [token for _, response in train_pairs for token in response]
-    corpus = unigram(seen + list(range(VOCAB)))  # each token once more: none has probability 0
+    corpus = unigram([t for _, r in train_pairs for t in r] + list(range(VOCAB)))  # none at 0
 
     def mixed(rows, pairs, source: str, weight: float) -> float:
-        """A token set of the row (or of another row), smoothed with the corpus."""
+        """Token frequencies of the row's prompt, or of another row, smoothed with the corpus."""
         total, shift = 0.0, random.Random(seed).randrange(1, len(rows))
         for index, (row, (_, response)) in enumerate(zip(rows, pairs, strict=True)):
             text = row["instruction"] + "\n" + row["input"]  # the prompt without the template
@@ -222,11 +207,10 @@ def report(args) -> None:
     lengths = [len(prompt + response) for prompt, response in encode(tokenizer, rows)]
     rows = [row for row, length in zip(rows, lengths, strict=True) if length <= MAX_TOKENS]
     pairs = encode(tokenizer, rows)
-    batches = make_batches(pairs, 0, 8192)
-    parts = [loss_sum(model, [pairs[i] for i in batch], True) for batch in batches]
+    parts = [loss_sum(model, pairs[i : i + 8], responses_only=True) for i in range(0, len(rows), 8)]
     tokens = sum(count for _, count in parts)
     result = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
         "options": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
         **saved["state"],
         "valid_rows": len(rows),
@@ -249,10 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["prepare", "train", "report", "all"])
     parser.add_argument("--data", type=Path, required=True, help="folder with dolly/train.jsonl")
-    parser.add_argument("--output", type=Path, default=EMBEDDED_DIR)
-    parser.add_argument("--work", type=Path, default=Path("runs/embedded_teacher"))
-    numbers = {"steps": 3400, "lr": 2e-3, "warmup": 50, "batch_tokens": 4096, "save_every": 100}
-    for name, default in {**numbers, "threads": 2, "seed": 20261123}.items():
+    options = {"output": EMBEDDED_DIR, "work": Path("runs/embedded_teacher"), "threads": 2}
+    options |= {"steps": 3400, "lr": 2e-3, "warmup": 50, "batch_tokens": 4096, "save_every": 100}
+    for name, default in {**options, "seed": 20261123}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()

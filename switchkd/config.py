@@ -157,6 +157,8 @@ class SwitchConfig(TrainingArguments):
         need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
         for name in ("max_new_tokens", "max_prompt_length", "rollout_batch_size"):
             need(name, getattr(self, name) >= 1, "an integer >= 1")
+        dtypes = (None, "float32", "bfloat16", "float16")
+        need("rollout_dtype", self.rollout_dtype in dtypes, f"one of {dtypes}")
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")
         need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
         need("learning_rate", self.learning_rate > 0, "a number > 0")

@@ -184,8 +184,8 @@ class SwitchTrainer(Trainer):
         parts, size = [], self.args.rollout_batch_size
         for at in range(0, len(order), size):
             part = [rows[i] for i in order[at : at + size]]
-            parts.append(
-                rollout_naive(
+            try:
+                rollout = rollout_naive(
                     self.teacher,
                     student,
                     [row.prompt_ids for row in part],
@@ -197,7 +197,9 @@ class SwitchTrainer(Trainer):
                     sampling=self.sampling,
                     sequence_ids=[sequence_id(row.id, epoch) for row in part],
                 )
-            )
+            except InvalidLogits as error:
+                raise self._broken(f"data row {part[error.row].id}: {error}") from error
+            parts.append(rollout)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return Rollout.join(parts, inverse, self.vocabulary.pad_token_id)
 

@@ -60,15 +60,16 @@ class Pair(NamedTuple):
 def compare(teacher: Tensor, student: Tensor, rows: Tensor | None = None) -> Pair:
     """Softmax of (M, V) logits of one compute dtype. Raises InvalidLogits, with the row in `rows`.
 
-    d is (z_s - z_t) - (lse_s - lse_t): the first difference is exact for near logits and the error
-    of the second is the same in the whole row, where it enters a divergence only squared.
+    d is (z_s - z_t) - (lse_s - lse_t): the first difference is exact for near logits; the second,
+    by the ratio of the sums, errs by about one rounding, the same for the whole row, so that it
+    enters a divergence only squared.
     """
     teacher_max, student_max = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
     check.check_rows("teacher", teacher_max, rows)
     check.check_rows("student", student_max, rows)
     p, q = (teacher - teacher_max).exp_(), (student - student_max).exp_()
     p_sum, q_sum = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
-    d = (student - teacher).sub_((student_max - teacher_max) + (q_sum.log() - p_sum.log()))
+    d = (student - teacher).sub_((student_max - teacher_max) + (q_sum / p_sum).log_())
     return Pair(p.div_(p_sum), q.div_(q_sum), d.masked_fill_(d.isnan(), 0.0))
 
 
@@ -121,7 +122,7 @@ def values(pair: Pair, form: Form) -> Tensor:
     """(M,) divergences in nats, each a sum of non-negative terms.
 
     Generalised JSD: GKD, arXiv 2306.13649, eq. 1, beta on the teacher. Skew KLs: DistiLLM, arXiv
-    2402.03898, eqs. 3 and 5: SKL = KL(p || a p + (1-a) q), SRKL = KL(q || (1-a) p + a q).
+    2402.03898: SKL = KL(p || a p + (1-a) q), SRKL = KL(q || (1-a) p + a q).
     """
     (p, q, d), w = pair, form.weight
     if form.kind == "jsd":

@@ -1,0 +1,159 @@
+"""Shared tokenizers, padded vocabularies, cut layers, heads; refusals with the reason."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from torch import nn
+
+from switchkd.losses import collate, distillation_loss, response_hidden, response_labels
+from switchkd.models import (
+    check_weights,
+    cut_layers,
+    decoder_of,
+    disable_dropout,
+    head_of,
+    load_model,
+    load_tokenizer,
+    parse_layers,
+    share_vocabulary,
+)
+
+SIZE = 258  # of the byte tokenizer
+
+
+def pair(**kwargs):
+    return tiny_model(vocab_size=SIZE, seed=1, **kwargs), tiny_model(vocab_size=SIZE, seed=2)
+
+
+def test_equal_tokenizers_are_shared(tokenizer):
+    teacher, student = pair()
+    shared = share_vocabulary(teacher, student, byte_tokenizer(), tokenizer)
+    assert (shared.size, shared.eos_token_ids, shared.pad_token_id) == (SIZE, (1,), 0)
+    assert shared.notes == ()
+
+
+def test_different_tokenizers_are_refused_with_the_first_difference(tokenizer):
+    teacher, student = pair()
+    other = byte_tokenizer()
+    other.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"do not share a tokenizer: token '<new>' has id 258 for"):
+        share_vocabulary(teacher, student, other, tokenizer)
+
+
+def test_what_differs_is_reported(tokenizer):
+    teacher = tiny_model(vocab_size=SIZE + 6, seed=1, num_hidden_layers=1)
+    student = tiny_model(vocab_size=SIZE, seed=2)
+    teacher.generation_config.eos_token_id = [1, 7]
+    theirs = byte_tokenizer()
+    theirs.chat_template = "{{ messages }}"
+    shared = share_vocabulary(teacher, student, theirs, tokenizer)
+    assert shared.eos_token_ids == (1, 7)
+    text = " | ".join(shared.notes)
+    assert "EOS differs: teacher [1, 7], student [1]" in text
+    assert "chat templates differ" in text
+    assert "teacher: 6 padded vocabulary rows" in text
+    assert "smaller than the student" in text
+
+
+def test_a_head_too_small_for_the_tokenizer_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"student: got a head of 100 rows, expected at least 258"):
+        share_vocabulary(None, tiny_model(vocab_size=100), None, tokenizer)
+
+
+@pytest.mark.parametrize("text", ["", "2,1", "0,0", "0-9", "a", "1-"])
+def test_impossible_layers(text):
+    with pytest.raises(ValueError, match="student_layers: got"):
+        parse_layers(text, 6)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "qwen3"])
+def test_cut_layers_runs_as_the_layers_that_are_left(architecture, tmp_path):
+    model = tiny_model(architecture, num_hidden_layers=2)
+    ids = torch.tensor([[5, 6, 7]])
+    layers = getattr(decoder_of(model), "h", None) or decoder_of(model).layers
+    kept = layers[1]
+    cut_layers(model, "1")
+    assert (getattr(decoder_of(model), "h", None) or decoder_of(model).layers)[0] is kept
+    whole = model(ids, use_cache=True).logits
+    cache = model(ids[:, :2], use_cache=True).past_key_values
+    step = model(ids[:, 2:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(whole[:, 2:], step)
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), dtype=torch.float64)
+    torch.testing.assert_close(again(ids).logits, whole)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_head_and_hidden_states_rebuild_the_logits(architecture):
+    model = tiny_model(architecture)
+    batch = collate([[3, 4], [5]], [[6, 7, 1], [8, 9]], pad=0)
+    hidden = response_hidden(model, decoder_of(model), batch)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    # response tokens 6 7 1 are predicted at positions 1 2 3, and 8 9 at positions 0 1
+    want = torch.cat([logits[0, 1:4], logits[1, 0:2]])
+    torch.testing.assert_close(head_of(model).logits(hidden, 60).double(), want, rtol=1e-5, atol=1e-5)
+    assert response_labels(batch).tolist() == [6, 7, 1, 8, 9]
+
+
+def test_no_loss_on_the_prompt_and_none_missed_on_the_response():
+    """The loss must not move with a prompt token's target, and must move with every response one."""
+    teacher, student = tiny_model(seed=1), tiny_model(seed=2)
+    prompts, completions = [[3, 4, 5]], [[6, 7, 1]]
+    batch = collate(prompts, completions, pad=0)
+    assert batch["completion_mask"].tolist() == [[False, False, False, True, True, True]]
+    options = dict(vocab_size=60, kind="cross_entropy")
+    loss = distillation_loss(None, student, student, batch, **options)
+    log_q = student(batch["input_ids"]).logits[0].log_softmax(-1)
+    want = -sum(log_q[i, t] for i, t in ((2, 6), (3, 7), (4, 1)))
+    torch.testing.assert_close(loss, want)
+    both = distillation_loss(teacher, student, student, batch, vocab_size=60, kind="tvd")
+    p, q = (m(batch["input_ids"]).logits[0, 2:5].softmax(-1) for m in (teacher, student))
+    torch.testing.assert_close(both, (p - q).abs().sum() / 2)
+
+
+def test_softcap_and_scale_are_read_from_the_configuration():
+    model = tiny_model()
+    model.config.final_logit_softcapping, model.config.logit_scale = 30.0, 0.5
+    head = head_of(model)
+    hidden = torch.randn(3, 32, dtype=torch.float64)
+    want = 30 * torch.tanh(0.5 * (hidden @ model.lm_head.weight.T) / 30)
+    torch.testing.assert_close(head.logits(hidden, 60).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_broken_weights_are_refused_before_any_work():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("inf")
+    with pytest.raises(ValueError, match=r"teacher: got NaN or infinite weights in lm_head\.weight"):
+        check_weights(model, "teacher")
+
+
+def test_missing_and_corrupt_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot load the model .*absent"):
+        load_model(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="cannot load the tokenizer .*absent"):
+        load_tokenizer(str(tmp_path / "absent"))
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot load the model .*expected a Hub id or a folder"):
+        load_model(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        load_model(str(tmp_path))
+
+
+def test_dropout_is_switched_off_wherever_it_is_kept():
+    model = tiny_model("gpt2")
+    disable_dropout(model)
+    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert rates and not any(rates)
+    model.train()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
