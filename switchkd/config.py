@@ -6,6 +6,7 @@ Names follow TRL's GKDConfig and ModelConfig where those have one.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -129,6 +130,7 @@ class SwitchConfig(TrainingArguments):
     metric_for_best_model: str | None = _help("Chooses the best checkpoint.", "rouge_l")
     load_best_model_at_end: bool = _help("End with the best checkpoint.", True)
     remove_unused_columns: bool | None = _help("Must stay off.", False)
+    dataloader_pin_memory: bool = _help("Batches of row numbers need no pinning.", False)
     report_to: None | str | list[str] = _help("wandb, tensorboard, trackio, none, ...", "none")
 
     def __post_init__(self):
@@ -210,10 +212,6 @@ class SwitchConfig(TrainingArguments):
         )
 
 
-def known_keys(*classes) -> set[str]:
-    return {f.name for cls in classes for f in fields(cls) if f.init}
-
-
 def read_yaml(path: str, *classes) -> dict:
     """A YAML mapping with known keys only; aliases are translated."""
     file = Path(path)
@@ -225,15 +223,18 @@ def read_yaml(path: str, *classes) -> dict:
         raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {path}: got {type(values).__name__}, expected key: value lines")
-    known, clean = known_keys(*classes), {}
+    known = {f.name: f.type for cls in classes for f in fields(cls) if f.init}
+    clean = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if name not in known:
             near = difflib.get_close_matches(str(key), [*known, *ALIASES], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
-        if isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit():
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        elif isinstance(value, (int, float)) and str(known[name]).startswith("str"):
+            value = str(value)  # student_layers: 0
         clean[name] = value
     return clean
 

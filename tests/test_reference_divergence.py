@@ -36,9 +36,9 @@ def by_hand(kind, a, b):
 NUMBERS = {  # the same, as numbers: KL(p||q) = .5 ln 2.5 + .3 ln 3 + .2 ln(2/7), and so on
     "kl_teacher_student": 0.53718,
     "kl_student_teacher": 0.58382,
-    "generalized_jsd": 0.08910,  # beta = 0.2; 0.07998 with the weights swapped
-    "skew_kl": 0.41692,  # alpha = 0.1
-    "skew_reverse_kl": 0.44970,
+    "generalized_jsd": 0.08460,  # beta = 0.2; 0.08858 with beta on the student
+    "skew_kl": 0.42742,  # alpha = 0.1, m = (0.23, 0.12, 0.65)
+    "skew_reverse_kl": 0.44689,  # alpha = 0.1, m = (0.47, 0.28, 0.25)
     "tvd": 0.5,
 }
 
@@ -52,8 +52,7 @@ def plain(teacher, student, kind, alpha=0.1, beta=0.5, detach=False):
     p, q = teacher.softmax(-1), student.softmax(-1)
 
     def mix(w):
-        m = w * p + (1 - w) * q
-        return w * p + (1 - w) * q.detach() if detach else m
+        return w * p + (1 - w) * (q.detach() if detach else q)
 
     def divergence(x, y):
         return torch.special.xlogy(x, x).sub(torch.special.xlogy(x, y)).sum(-1)
@@ -102,7 +101,10 @@ def test_default_is_skew_reverse_kl_with_alpha_a_tenth_and_the_mean():
 @pytest.mark.parametrize("spread", [0.01, 1.0, 12.0])
 def test_equals_the_textbook_formula(kind, spread):
     base = torch.randn(6, 40, dtype=torch.float64)
-    teacher, student = base + spread * torch.randn_like(base), base + spread * torch.randn_like(base)
+    teacher, student = (
+        base + spread * torch.randn_like(base),
+        base + spread * torch.randn_like(base),
+    )
     for weight in (0.003, 0.3, 0.9):
         got = divergence_loss(
             teacher, student, kind=kind, alpha=weight, beta=weight, reduction="none"
@@ -129,12 +131,12 @@ def test_limits():
 
 
 def test_identities():
-    z = torch.randn(7, 50)
+    z = torch.randn(7, 50).double()
     shifted = z + torch.randint(-8, 8, (7, 1))
     for kind in KINDS:
         assert not bool(divergence_loss(z, z, kind=kind, reduction="none").any())
         assert bool((divergence_loss(z, shifted, kind=kind, reduction="none") < 1e-12).all())
-    other = torch.randn(7, 50)
+    other = torch.randn(7, 50).double()
     torch.testing.assert_close(jsd(z, other), jsd(other, z), rtol=1e-6, atol=0)
     a = divergence_loss(z, other, kind="skew_kl", alpha=0.2)
     b = divergence_loss(other, z, kind="skew_reverse_kl", alpha=0.2)
@@ -147,7 +149,7 @@ def test_skew_divergences_are_bounded_and_reach_their_bound(alpha):
     for kind in ("skew_kl", "skew_reverse_kl"):
         got = divergence_loss(teacher, student, kind=kind, alpha=alpha)
         assert float(got) == pytest.approx(math.log(1 / alpha), rel=1e-5)
-        near = divergence_loss(teacher * 1, torch.tensor([[0.0, 9.0]]), kind=kind, alpha=alpha)
+        near = divergence_loss(teacher, torch.tensor([[0.0, 9.0]]), kind=kind, alpha=alpha)
         assert float(near) < math.log(1 / alpha)
 
 
@@ -167,7 +169,7 @@ def test_small_divergences_keep_their_digits_in_float32(kind, size):
     truth = value(torch.float64)
     assert float(truth.max()) < size**2
     error = ((value(torch.float32) - truth) / truth).abs().max()
-    assert float(error) < max(2e-5, 1e-9 / size)
+    assert float(error) < max(2e-5, 5e-9 / size)
 
 
 def test_divergence_of_one_part_in_a_million_millions_is_still_a_number():
@@ -176,8 +178,8 @@ def test_divergence_of_one_part_in_a_million_millions_is_still_a_number():
     student = teacher + 2.0**-20 * torch.randint(-1, 2, teacher.shape)
     for loss in (jsd, lambda a, b: divergence_loss(a, b, reduction="none")):
         truth, got = loss(teacher.double(), student.double()), loss(teacher, student)
-        assert 1e-14 < float(truth.min()) and float(truth.max()) < 1e-12
-        torch.testing.assert_close(got.double(), truth, rtol=0.25, atol=0)
+        assert float(truth.min()) > 1e-14 and float(truth.max()) < 1e-12
+        torch.testing.assert_close(got.double(), truth, rtol=0.1, atol=0)
 
 
 def test_huge_offsets_and_wide_ranges_stay_finite():
@@ -234,11 +236,11 @@ def test_detached_mixture_equals_autograd_of_a_detached_formula(kind, weight):
     def grad(loss):
         return torch.autograd.grad(loss.sum(), student)[0]
 
-    settings = {"kind": kind, "alpha": weight, "beta": weight}
-    got = grad(divergence_loss(teacher, student, detach_mixture=True, **settings)) * 4
+    options = {"kind": kind, "alpha": weight, "beta": weight}
+    got = grad(divergence_loss(teacher, student, detach_mixture=True, **options)) * 4
     want = grad(plain(teacher, student, kind, weight, weight, detach=True))
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-15)
-    attached = grad(divergence_loss(teacher, student, **settings)) * 4
+    attached = grad(divergence_loss(teacher, student, **options)) * 4
     assert torch.allclose(got, attached) == (kind == "generalized_jsd")
 
 
@@ -281,7 +283,8 @@ def test_minus_infinity_in_one_or_both_rows():
             assert not bool(student.grad[student == -inf].any())
     for kind in ("kl_teacher_student", "kl_student_teacher"):
         got = divergence_loss(teacher, student, kind=kind, reduction="none")
-        assert float(got[0]) == inf and math.isfinite(float(got[1]))
+        assert got.isfinite().tolist() == [False, True]
+        assert got.detach()[0] == inf
         student.grad = None
         got[1].backward()  # a common -inf is outside both: finite
         assert bool(student.grad[1].isfinite().all())
@@ -317,7 +320,7 @@ def test_masked_rows_are_not_looked_at(kind):
     student.grad = None
     nothing = loss("mean", torch.zeros_like(mask))
     nothing.backward()
-    assert float(nothing) == 0.0 and not bool(student.grad.any())
+    assert nothing.item() == 0.0 and not bool(student.grad.any())
 
 
 @pytest.mark.parametrize("kind", KINDS)

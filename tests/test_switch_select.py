@@ -1,4 +1,4 @@
-"""Who writes, what they write: hand-computed decisions, the shared field, and the laws of a draw."""
+"""Who writes and what: hand-computed decisions, the shared field, the laws of the draws."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_marginals_of_both_writers():
 
 
 def test_law_of_the_rank_rule_needs_a_stream_of_its_own():
-    """SKD with K = 1: y ~ q kept if it is the teacher's best, else y ~ p, independent of the draft."""
+    """SKD with K = 1: y ~ q stands if it is the teacher's best, else a y ~ p of its own."""
     n, k = 20000, 1
     law = [Q[v] * (v == 0) + (1 - Q[0]) * P[v] for v in range(3)]
     teacher, student = logits(P, n), logits(Q, n)

@@ -20,7 +20,7 @@ CHUNK_BYTES = 64 * 2**20  # of one model's logits in float32
 
 
 class _Options(NamedTuple):
-    form: Form
+    form: Form | None  # None: the cross-entropy alone
     vocab_size: int
     logit_scale: float
     softcap: float | None
@@ -65,11 +65,13 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) 
 def _walk(teacher, student, labels, options, need_hidden, need_weight, need_bias):
     """(N,) losses and, where needed, the gradients of their sum in hidden, weight and bias.
 
-    teacher and student are (hidden, weight, bias). Rows of the weight beyond vocab_size keep 0.
+    teacher and student are (hidden, weight, bias), the teacher None for the cross-entropy alone.
+    Rows of the weight beyond vocab_size keep 0.
     """
-    dtype = check.compute_dtype(*(x for x in (*teacher, *student) if x is not None))
+    dtype = check.compute_dtype(*(x for x in (*(teacher or ()), *student) if x is not None))
     _, weight, bias = student
-    teacher, student = _head(*teacher, options.vocab_size), _head(*student, options.vocab_size)
+    teacher = teacher and _head(*teacher, options.vocab_size)
+    student = _head(*student, options.vocab_size)
     n, size = student.hidden.shape[0], options.vocab_size
     loss = student.hidden.new_zeros(n, dtype=dtype)
     grad_hidden = torch.zeros_like(student.hidden) if need_hidden else None
@@ -79,8 +81,11 @@ def _walk(teacher, student, labels, options, need_hidden, need_weight, need_bias
     for start in range(0, n, options.chunk_size):
         rows = slice(start, min(start + options.chunk_size, n))
         student_logits = student.logits(rows, options, dtype)
-        pair = compare(teacher.logits(rows, options, dtype), student_logits, options.rows[rows])
-        loss[rows] = values(pair, options.form)
+        if teacher is not None:
+            pair = compare(teacher.logits(rows, options, dtype), student_logits, options.rows[rows])
+            loss[rows] = values(pair, options.form)
+        else:
+            check.check_rows("student", student_logits.amax(-1), options.rows[rows])
         label = None if labels is None else labels[rows, None]
         if label is not None:
             log_q = student_logits.gather(-1, label).squeeze(-1) - student_logits.logsumexp(-1)
@@ -88,9 +93,10 @@ def _walk(teacher, student, labels, options, need_hidden, need_weight, need_bias
         if not (need_hidden or need_weight or need_bias):
             continue
 
-        grad = gradients(pair, options.form)
+        q = student_logits.softmax(-1) if teacher is None else pair.q
+        grad = torch.zeros_like(q) if teacher is None else gradients(pair, options.form)
         if label is not None:  # of cross-entropy: q - onehot(label)
-            grad.add_(pair.q, alpha=options.ce_weight)
+            grad.add_(q, alpha=options.ce_weight)
             grad.scatter_add_(-1, label, torch.full_like(grad[:, :1], -options.ce_weight))
         if options.softcap is not None:  # d/dx c tanh(x / c) = 1 - (z / c)^2
             grad.mul_(1 - (student_logits / options.softcap).square_())
@@ -144,8 +150,8 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def linear_divergence_loss(
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     student_hidden: Tensor,
     student_weight: Tensor,
     *,
@@ -168,7 +174,8 @@ def linear_divergence_loss(
 
     teacher_hidden (..., Ht), teacher_weight (Vt, Ht), teacher_bias (Vt,); student_* likewise, with
     its own width; logits = softcap tanh(logit_scale (h W^T + b) / softcap), softcap None: no cap.
-    labels (...): token ids below the shared vocabulary for the cross-entropy -log q(label).
+    labels (...): token ids below the shared vocabulary for the cross-entropy -log q(label). kind
+    "cross_entropy" is that term alone (ce_weight 1 unless given), with None for the teacher.
     kind, alpha, beta, detach_mixture, mask, vocab_size and reduction as in `divergence_loss`; rows
     with mask 0 are dropped before any product. Nats; the result is float32 (float64 for float64).
 
@@ -179,10 +186,16 @@ def linear_divergence_loss(
     rows are in work at once, by default as many as keep float32 logits of one model within 64 MiB,
     at least 16. Raises InvalidLogits (with model and row), ValueError and TypeError.
     """
-    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    alone = kind == "cross_entropy"
+    if (teacher_hidden is None or teacher_weight is None) != alone:
+        raise ValueError(f"kind {kind!r} {'takes no' if alone else 'needs a'} teacher")
+    if alone:
+        teacher_weight, ce_weight = student_weight, ce_weight or 1.0
+    else:
+        _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _check_head("student", student_hidden, student_weight, student_bias)
     shape = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != shape:
+    if not alone and teacher_hidden.shape[:-1] != shape:
         raise ValueError(
             "teacher_hidden and student_hidden must agree in all but the last dimension, got "
             f"{tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
@@ -206,12 +219,14 @@ def linear_divergence_loss(
         labels = check.integers("labels", rows.take(labels[..., None]).squeeze(1), size)
 
     student = (rows.take(student_hidden), student_weight, student_bias)
-    teacher = (rows.take(teacher_hidden.detach()), teacher_weight, teacher_bias)
+    teacher = None
+    if not alone:
+        teacher = (rows.take(teacher_hidden.detach()), teacher_weight, teacher_bias)
     kept = rows.kept
     if kept is None:
         kept = torch.arange(shape.numel(), device=student_hidden.device)
     options = _Options(
-        form_of(kind, alpha, beta, detach_mixture),
+        None if alone else form_of(kind, alpha, beta, detach_mixture),
         size, logit_scale, softcap, ce_weight, chunk_size, kept,
     )  # fmt: skip
     needs_grad = any(x is not None and x.requires_grad for x in student)
