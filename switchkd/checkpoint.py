@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,18 @@ def check_checkpoint(path: str | Path) -> None:
                 tensors.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"checkpoint {path}: {file.name} is broken ({error})") from None
+
+
+def unsaved(folder: Path, error: Exception) -> OSError:
+    """Remove a checkpoint that could not be written whole; says why, and what is left to resume."""
+    free = shutil.disk_usage(folder.parent).free
+    shutil.rmtree(folder, ignore_errors=True)
+    last = last_checkpoint(folder.parent)
+    return OSError(
+        f"could not save {folder.name}: {str(error).splitlines()[0]} "
+        f"({'No space left on device' if free < 2**20 else f'{free:,} bytes free'}); "
+        + (f"the last intact checkpoint is {last}" if last else "no checkpoint is left")
+    )
 
 
 def drop_completions_after(output_dir: str | Path, step: int) -> None:

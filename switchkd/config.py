@@ -39,39 +39,40 @@ ALIASES = {  # other projects' names of the same thing
 DEMO = EMBEDDED_DIR / "demo.yaml"
 
 
-def _help(text: str, default=None, **kwargs):
+def option(text: str, default=None):
+    """A dataclass field with its help text."""
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default, metadata={"help": text}, **kwargs)
-    return field(default=default, metadata={"help": text}, **kwargs)
+        return field(default_factory=lambda: default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class ScriptArguments:
     """Which models and which data."""
 
-    model_name_or_path: str = _help("Student: Hub id, folder, or 'embedded'.", EMBEDDED)
-    model_revision: str = _help("Revision of the student on the Hub.", "main")
-    gguf_file: str | None = _help("Read the student from this GGUF file in its folder.")
-    student_layers: str | None = _help("Keep only these layers of the student, e.g. 0-11,18-29.")
-    dtype: str = _help("Type of the student's weights: float32, bfloat16, auto.", "float32")
-    attn_implementation: str | None = _help("Attention of both models: sdpa, eager, ...")
-    trust_remote_code: bool = _help("Allow code from the Hub for both models.", False)
-    teacher_model_name_or_path: str | None = _help("Teacher: Hub id, folder, or 'embedded'.")
-    teacher_model_revision: str = _help("Revision of the teacher on the Hub.", "main")
-    teacher_gguf_file: str | None = _help("Read the teacher from this GGUF file in its folder.")
-    teacher_dtype: str = _help("Type of the teacher's weights.", "auto")
-    use_peft: bool = _help("Train LoRA adapters on the student (needs peft).", False)
-    lora_r: int = _help("Rank of the LoRA adapters.", 16)
-    lora_alpha: int = _help("Scale of the LoRA adapters.", 32)
-    lora_dropout: float = _help("Dropout of the LoRA adapters.", 0.0)
-    lora_target_modules: list[str] | None = _help("Modules that get adapters, e.g. q_proj v_proj.")
-    dataset_name: str = _help("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
-    dataset_train_split: str = _help("Split to train on (Hub and embedded data).", "train")
-    eval_dataset_name: str | None = _help("Validation data; by default rows held out of training.")
-    dataset_test_split: str = _help("Split of the validation data.", "validation")
-    eval_size: int = _help("Rows held out for validation, or at most so many are used.", 100)
-    max_train_rows: int | None = _help("Use only the first so many rows.")
-    template: str = _help("auto, chat, alpaca or none.", "auto")
+    model_name_or_path: str = option("Student: Hub id, folder, or 'embedded'.", EMBEDDED)
+    model_revision: str = option("Revision of the student on the Hub.", "main")
+    gguf_file: str | None = option("Read the student from this GGUF file in its folder.")
+    student_layers: str | None = option("Keep only these layers of the student, e.g. 0-11,18-29.")
+    dtype: str = option("Type of the student's weights: float32, bfloat16, auto.", "float32")
+    attn_implementation: str | None = option("Attention of both models: sdpa, eager, ...")
+    trust_remote_code: bool = option("Allow code from the Hub for both models.", False)
+    teacher_model_name_or_path: str | None = option("Teacher: Hub id, folder, or 'embedded'.")
+    teacher_model_revision: str = option("Revision of the teacher on the Hub.", "main")
+    teacher_gguf_file: str | None = option("Read the teacher from this GGUF file in its folder.")
+    teacher_dtype: str = option("Type of the teacher's weights.", "auto")
+    use_peft: bool = option("Train LoRA adapters on the student (needs peft).", False)
+    lora_r: int = option("Rank of the LoRA adapters.", 16)
+    lora_alpha: int = option("Scale of the LoRA adapters.", 32)
+    lora_dropout: float = option("Dropout of the LoRA adapters.", 0.0)
+    lora_target_modules: list[str] | None = option("Modules that get adapters, e.g. q_proj v_proj.")
+    dataset_name: str = option("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
+    dataset_train_split: str = option("Split to train on (Hub and embedded data).", "train")
+    eval_dataset_name: str | None = option("Validation data; by default rows held out of training.")
+    dataset_test_split: str = option("Split of the validation data.", "validation")
+    eval_size: int = option("Rows held out for validation, or at most so many are used.", 100)
+    max_train_rows: int | None = option("Use only the first so many rows.")
+    template: str = option("auto, chat, alpaca or none.", "auto")
 
 
 @dataclass
@@ -81,57 +82,57 @@ class SwitchConfig(TrainingArguments):
     Raises ValueError at construction for values that cannot work, saying got and expected.
     """
 
-    output_dir: str | None = _help("Where the run is written.", "switchkd_output")
+    output_dir: str | None = option("Where the run is written.", "switchkd_output")
     # rollout: who writes
-    rollout_policy: str = _help(f"Who writes tokens: {', '.join(POLICIES)}.", "switch")
-    switch_schedule: str = _help(f"Threshold of SWITCH: {', '.join(SCHEDULES)}.", "exponential")
-    switch_tau0: float = _help("Threshold at t = 0 (JSD in bits lies in [0, 1]).", 1.0)
-    switch_lambda: float = _help("Decay of the threshold per token.", 0.1)
-    switch_rate: float | None = _help("Teacher's share: random (0.5) and mix-in (0.2).")
-    switch_tau_min: float = _help("Floor of the threshold.", 0.0)
-    adaswitch_k: float | None = _help("AdaSwitch: hand over above K times the mean (required).")
-    adaswitch_window: int | None = _help("AdaSwitch: tokens in the mean, L (required).")
-    adaswitch_warm_up: int | None = _help("AdaSwitch: no hand-over before; default L.")
-    skd_top_k: int = _help("SKD: the student's token stays if in the teacher's top K.", 25)
+    rollout_policy: str = option(f"Who writes tokens: {', '.join(POLICIES)}.", "switch")
+    switch_schedule: str = option(f"Threshold of SWITCH: {', '.join(SCHEDULES)}.", "exponential")
+    switch_tau0: float = option("Threshold at t = 0 (JSD in bits lies in [0, 1]).", 1.0)
+    switch_lambda: float = option("Decay of the threshold per token.", 0.1)
+    switch_rate: float | None = option("Teacher's share: random (0.5) and mix-in (0.2).")
+    switch_tau_min: float = option("Floor of the threshold.", 0.0)
+    adaswitch_k: float | None = option("AdaSwitch: hand over above K times the mean (required).")
+    adaswitch_window: int | None = option("AdaSwitch: tokens in the mean, L (required).")
+    adaswitch_warm_up: int | None = option("AdaSwitch: no hand-over before; default L.")
+    skd_top_k: int = option("SKD: the student's token stays if in the teacher's top K.", 25)
     # rollout: how
-    lmbda: float = _help("Share of rows trained on a rollout; the rest on the data.", 0.5)
-    seq_kd: bool = _help("Teacher-written sequences only: rollout_policy teacher, lmbda 1.", False)
-    temperature: float = _help("Sampling temperature of both models, in rollouts only.", 1.0)
-    teacher_temperature: float | None = _help("Overrides temperature for the teacher.")
-    student_temperature: float | None = _help("Overrides temperature for the student.")
-    top_k: int = _help("Sample among the k most likely tokens; 0 is off.", 0)
-    top_p: float = _help("Sample in the nucleus of this mass.", 1.0)
-    min_p: float = _help("Sample tokens at least this likely relative to the best.", 0.0)
-    max_new_tokens: int = _help("Response tokens at most.", 256)
-    max_prompt_length: int = _help("Prompt tokens at most; longer rows are left out.", 256)
-    rollout_batch_size: int = _help("Rows decoded together.", 32)
-    rollout_dtype: str | None = _help("Decode with a copy of the student in this type.")
+    lmbda: float = option("Share of rows trained on a rollout; the rest on the data.", 0.5)
+    seq_kd: bool = option("Teacher-written sequences only: rollout_policy teacher, lmbda 1.", False)
+    temperature: float = option("Sampling temperature of both models, in rollouts only.", 1.0)
+    teacher_temperature: float | None = option("Overrides temperature for the teacher.")
+    student_temperature: float | None = option("Overrides temperature for the student.")
+    top_k: int = option("Sample among the k most likely tokens; 0 is off.", 0)
+    top_p: float = option("Sample in the nucleus of this mass.", 1.0)
+    min_p: float = option("Sample tokens at least this likely relative to the best.", 0.0)
+    max_new_tokens: int = option("Response tokens at most.", 256)
+    max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
+    rollout_batch_size: int = option("Rows decoded together.", 32)
+    rollout_dtype: str | None = option("Decode with a copy of the student in this type.")
     # loss
-    loss_type: str | None = _help(f"One of {', '.join(LOSSES)}; default skew_reverse_kl.")
-    skew_alpha: float = _help("Skew of skew_kl and skew_reverse_kl, in [0, 1).", 0.1)
-    beta: float | None = _help("Weight of the teacher in generalized_jsd (default 0.5).")
-    detach_mixture: bool = _help("No gradient through the skew mixture (DistiLLM-2).", False)
-    lm_file: str | None = _help("Text file for an extra language-model loss.")
-    lm_coef: float = _help("Weight of that loss.", 1.0)
-    disable_dropout: bool = _help("Switch dropout off in the student.", True)
+    loss_type: str | None = option(f"One of {', '.join(LOSSES)}; default skew_reverse_kl.")
+    skew_alpha: float = option("Skew of skew_kl and skew_reverse_kl, in [0, 1).", 0.1)
+    beta: float | None = option("Weight of the teacher in generalized_jsd (default 0.5).")
+    detach_mixture: bool = option("No gradient through the skew mixture (DistiLLM-2).", False)
+    lm_file: str | None = option("Text file for an extra language-model loss.")
+    lm_coef: float = option("Weight of that loss.", 1.0)
+    disable_dropout: bool = option("Switch dropout off in the student.", True)
     # sight
-    eval_temperature: float = _help("Temperature of the validation samples.", 1.0)
-    log_completions: bool = _help("Print a coloured sample with every log line.", True)
-    save_completions: bool = _help("Write every rollout to completions.jsonl.", True)
-    overwrite_output_dir: bool = _help("Start anew in a folder that holds another run.", False)
+    eval_temperature: float = option("Temperature of the validation samples.", 1.0)
+    log_completions: bool = option("Print a coloured sample with every log line.", True)
+    save_completions: bool = option("Write every rollout to completions.jsonl.", True)
+    overwrite_output_dir: bool = option("Start anew in a folder that holds another run.", False)
     # defaults of TrainingArguments that differ here
-    per_device_train_batch_size: int = _help("Rows per device and micro-batch.", 8)
-    lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
-    weight_decay: float = _help("AdamW weight decay.", 0.01)
-    logging_steps: float = _help("Steps between log lines.", 10)
-    eval_strategy: str = _help("When to validate: no, steps, epoch.", "epoch")
-    save_strategy: str = _help("When to save: no, steps, epoch, best.", "epoch")
-    save_total_limit: int | None = _help("Checkpoints kept, the best always.", 2)
-    metric_for_best_model: str | None = _help("Chooses the best checkpoint.", "rouge_l")
-    load_best_model_at_end: bool = _help("End with the best checkpoint.", True)
-    remove_unused_columns: bool | None = _help("Must stay off.", False)
-    dataloader_pin_memory: bool = _help("Batches of row numbers need no pinning.", False)
-    report_to: None | str | list[str] = _help("wandb, tensorboard, trackio, none, ...", "none")
+    per_device_train_batch_size: int = option("Rows per device and micro-batch.", 8)
+    lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
+    weight_decay: float = option("AdamW weight decay.", 0.01)
+    logging_steps: float = option("Steps between log lines.", 10)
+    eval_strategy: str = option("When to validate: no, steps, epoch.", "epoch")
+    save_strategy: str = option("When to save: no, steps, epoch, best.", "epoch")
+    save_total_limit: int | None = option("Checkpoints kept, the best always.", 2)
+    metric_for_best_model: str | None = option("Chooses the best checkpoint.", "rouge_l")
+    load_best_model_at_end: bool = option("End with the best checkpoint.", True)
+    remove_unused_columns: bool | None = option("Must stay off.", False)
+    dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
+    report_to: str | list[str] | None = option("wandb, tensorboard, trackio, none, ...", "none")
 
     def __post_init__(self):
         if self.seq_kd:
@@ -172,9 +173,7 @@ class SwitchConfig(TrainingArguments):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.loss_type != "cross_entropy" or (
-            self.lmbda > 0 and self.policy().needs_teacher
-        )
+        return self.loss_type != "cross_entropy" or (self.lmbda > 0 and self.policy().needs_teacher)
 
     def policy(self) -> Policy:
         """The rollout policy of this configuration."""

@@ -40,7 +40,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text: prompt messages (an instruction's `input` beside its content), references."""
+    """One row as text: prompt messages (with an instruction's `input`) and references."""
 
     messages: tuple[Mapping[str, str], ...]
     references: tuple[str, ...]
@@ -184,10 +184,8 @@ def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
     """(form, prompt messages, references) of one record."""
     if not isinstance(record, Mapping):
         raise ValueError(f"got {type(record).__name__}, expected a JSON object")
-    for form, keys in FORMS.items():
-        if all(key in record for key in keys):
-            break
-    else:
+    form = next((f for f, keys in FORMS.items() if all(k in record for k in keys)), None)
+    if form is None:
         raise ValueError(f"got the keys {sorted(record)}, expected one of {list(FORMS)}")
     if form == "messages":
         *prompt, last = _messages(record, "messages")
@@ -282,7 +280,10 @@ def _prompt_ids(example: Example, tokenizer, template: str) -> list[int]:
     messages = example.messages
     if template == "chat":
         plain = [
-            {"role": m["role"], "content": "\n\n".join(filter(None, (m["content"], m.get("input"))))}
+            {
+                "role": m["role"],
+                "content": "\n\n".join(filter(None, (m["content"], m.get("input")))),
+            }
             for m in messages
         ]
         text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from switchkd import metrics
+from switchkd.config import option
 from switchkd.data import Row, read_examples, tokenize
 from switchkd.models import (
     EMBEDDED,
     Vocabulary,
     check_weights,
+    cut_layers,
     load_model,
     load_tokenizer,
     share_vocabulary,
@@ -40,30 +42,27 @@ PAPER_SETS = {
 }
 
 
-def _help(text: str, default=None):
-    if isinstance(default, list):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class EvalArguments:
     """What to evaluate, on what, and how."""
 
-    model_name_or_path: str = _help("Hub id, folder (a run's output_dir), or 'embedded'.", EMBEDDED)
-    gguf_file: str | None = _help("Read the model from this GGUF file in its folder.")
-    dtype: str = _help("Type of the weights.", "auto")
-    trust_remote_code: bool = _help("Allow code from the Hub.", False)
-    data_dir: str | None = _help("Folder with the paper's sets: " + ", ".join(PAPER_SETS.values()))
-    data: list[str] = _help("More sets, each NAME=FILE.jsonl or a Hub id.", [])
-    seeds: list[int] = _help("Sampling seeds.", [10, 20, 30, 40, 50])
-    temperature: float = _help("Sampling temperature.", 1.0)
-    limit: int | None = _help("At most so many rows of each set.")
-    batch_size: int = _help("Rows decoded together.", 32)
-    max_new_tokens: int = _help("Response tokens at most.", 256)
-    max_prompt_length: int = _help("Prompt tokens at most; longer rows are left out.", 256)
-    template: str = _help("auto, chat, alpaca or none.", "auto")
-    output: str | None = _help("Write the results to this JSON file.")
+    model_name_or_path: str = option(
+        "Hub id, folder (a run's output_dir), or 'embedded'.", EMBEDDED
+    )
+    gguf_file: str | None = option("Read the model from this GGUF file in its folder.")
+    student_layers: str | None = option("Keep only these layers: the student before distillation.")
+    dtype: str = option("Type of the weights.", "auto")
+    trust_remote_code: bool = option("Allow code from the Hub.", False)
+    data_dir: str | None = option("Folder with the paper's sets: " + ", ".join(PAPER_SETS.values()))
+    data: list[str] = option("More sets, each NAME=FILE.jsonl or a Hub id.", [])
+    seeds: list[int] = option("Sampling seeds.", [10, 20, 30, 40, 50])
+    temperature: float = option("Sampling temperature.", 1.0)
+    limit: int | None = option("At most so many rows of each set.")
+    batch_size: int = option("Rows decoded together.", 32)
+    max_new_tokens: int = option("Response tokens at most.", 256)
+    max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
+    template: str = option("auto, chat, alpaca or none.", "auto")
+    output: str | None = option("Write the results to this JSON file.")
 
     def __post_init__(self):
         if not self.seeds:
@@ -167,6 +166,8 @@ def run(args: EvalArguments, console: Console) -> dict:
         console.print(str(report), markup=False, highlight=False)
         read[name] = rows.rows
     model = load_model(args.model_name_or_path, dtype=args.dtype, **options)
+    if args.student_layers is not None:
+        cut_layers(model, args.student_layers)
     check_weights(model, "model")
     check_lengths(model, [[0] * args.max_prompt_length], args.max_new_tokens)
     vocabulary = share_vocabulary(None, model, None, tokenizer)

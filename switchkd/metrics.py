@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -151,3 +152,47 @@ def generate(
         if on_batch is not None:
             on_batch(len(part))
     return texts
+
+
+def validate(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    decoding: nn.Module,
+    rows: Sequence[Row],
+    tokenizer,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    rollout_batch_size: int,
+) -> torch.Tensor:
+    """The sums of `teacher_forced`, and of Rouge-L over one sample per row, for `means`.
+
+    decoding: the student, or its copy in another type, that writes the samples.
+    """
+    sums = teacher_forced(teacher, student, rows, vocabulary, batch_size=batch_size)
+    rows = [row for row in rows if row.example.references]
+    texts = generate(
+        decoding,
+        rows,
+        tokenizer,
+        vocabulary,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        batch_size=rollout_batch_size,
+    )
+    scores = [rouge_l(t, row.example.references) for t, row in zip(texts, rows, strict=True)]
+    return torch.cat([sums, sums.new_tensor([sum(scores), len(scores)])])
+
+
+def means(sums: torch.Tensor) -> dict[str, float]:
+    """cross_entropy, kl, jsd per token and rouge_l per row, of (summed) `validate` results."""
+    tokens, ce, kl, js, rouge, count = sums.tolist()
+    values = {
+        "cross_entropy": ce / max(tokens, 1),
+        "kl": kl / max(tokens, 1),
+        "jsd": js / max(tokens, 1),
+        "rouge_l": rouge / max(count, 1),
+    }
+    return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -4,7 +4,7 @@ A policy is a rule "the teacher writes iff divergence > threshold", so every pol
 loop and through the same `switch_select`:
 
     student     threshold +inf              teacher     threshold -inf
-    switch      tau_t of a schedule         adaswitch   K * mean of the last L divergences, then -inf
+    switch      tau_t of a schedule         adaswitch   K * mean of the last L KLs, then -inf
     skd         rank of the student's token among the teacher's logits against K - 1
 
 Sources: SWITCH, arXiv 2410.19503, eqs. 3-5 and Table 3; AdaSwitch, arXiv 2510.07842; SKD, arXiv

@@ -53,8 +53,8 @@ class Rollout:
 
     tokens (B, T) int64, `pad` after each row's end; lengths (B,) int64, EOS counted;
     from_teacher (B, T) bool; divergence, threshold, teacher_logprob, student_logprob (B, T) float,
-    NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD; log-probabilities
-    in nats at temperature 1). Without a teacher, its columns are NaN.
+    NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD;
+    log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN.
     """
 
     tokens: Tensor

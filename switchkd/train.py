@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(str(error), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped at once; continue from the last checkpoint with --resume_from_checkpoint last")
+        console.print(
+            "stopped at once; continue from the last checkpoint with --resume_from_checkpoint last"
+        )
         return 130
 
 

@@ -1,15 +1,14 @@
 """SwitchTrainer: `transformers.Trainer` whose batches are partly written by teacher and student.
 
-One optimizer window: draw the rows -> decide per row, seeded, rollout or data -> decode all rollouts
-of the window at once -> skew reverse KL over all response tokens, divided by their global number.
+One optimizer window: draw the rows -> decide per row, seeded, rollout or data -> decode all
+rollouts of the window at once -> skew reverse KL over all response tokens, divided by their global
+number.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +22,13 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from switchkd import losses, metrics
-from switchkd.checkpoint import RUN_STATE, checkpoint_step, drop_completions_after, last_checkpoint
+from switchkd.checkpoint import (
+    RUN_STATE,
+    checkpoint_step,
+    drop_completions_after,
+    last_checkpoint,
+    unsaved,
+)
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Report, Row, Rows, examples_from, text_blocks, tokenize
@@ -35,6 +40,7 @@ from switchkd.models import (
     share_vocabulary,
 )
 from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_naive
+
 
 class SwitchTrainer(Trainer):
     """Distil `teacher_model` into `model` with teacher-intervened rollouts.
@@ -218,7 +224,7 @@ class SwitchTrainer(Trainer):
         return self._decoding_copy
 
     def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
-        """One block of the language-model text per row, by (row, epoch): independent of batching."""
+        """One block of the extra text per row, by (row, epoch): independent of batching."""
         ids = torch.tensor([row.id for row in rows])
         at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_MIX + 1)
         return self._lm_blocks[(at * len(self._lm_blocks)).long()]
@@ -318,38 +324,22 @@ class SwitchTrainer(Trainer):
         """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row."""
         rows = (eval_dataset or self.eval_dataset).rows
         mine = rows[self.args.process_index :: self.args.world_size]
-        student, start = self.accelerator.unwrap_model(self.model), time.perf_counter()
-        sums = metrics.teacher_forced(
+        start = time.perf_counter()
+        sums = metrics.validate(
             self.teacher,
-            student,
-            mine,
-            self.vocabulary,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
-        sampled = [row for row in mine if row.example.references]
-        texts = metrics.generate(
+            self.accelerator.unwrap_model(self.model),
             self._student_for_decoding(),
-            sampled,
+            mine,
             self.processing_class,
             self.vocabulary,
             Sampling(seed=self.args.seed, student_temperature=self.args.eval_temperature),
             max_new_tokens=self.args.max_new_tokens,
-            batch_size=self.args.rollout_batch_size,
+            batch_size=self.args.per_device_eval_batch_size,
+            rollout_batch_size=self.args.rollout_batch_size,
         )
-        scores = [
-            metrics.rouge_l(t, r.example.references) for t, r in zip(texts, sampled, strict=True)
-        ]
-        sums = torch.cat([sums, sums.new_tensor([sum(scores), len(scores)])])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums[None]).sum(0)
-        tokens, ce, kl, js, rouge, count = sums.tolist()
-        values = {
-            "cross_entropy": ce / max(tokens, 1),
-            "kl": kl / max(tokens, 1),
-            "jsd": js / max(tokens, 1),
-            "rouge_l": rouge / max(count, 1),
-        }
-        values = {k: v for k, v in values.items() if not math.isnan(v)}
+        values = metrics.means(sums)
         result = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         result[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(result))
@@ -368,12 +358,7 @@ class SwitchTrainer(Trainer):
                 (folder / RUN_STATE).write_text(json.dumps(self.run_state()))
             super()._save_checkpoint(model, trial)  # writes trainer_state.json last
         except Exception as error:  # a full disk surfaces as OSError, RuntimeError, SafetensorError
-            shutil.rmtree(folder, ignore_errors=True)
-            last = last_checkpoint(self.args.output_dir)
-            raise OSError(
-                f"could not save {folder.name} ({error}); "
-                + (f"the last intact checkpoint is {last}" if last else "no checkpoint is left")
-            ) from error
+            raise unsaved(folder, error) from error
 
     def start_clock(self) -> None:
         """From here on, time counts as training."""

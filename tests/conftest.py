@@ -23,7 +23,9 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 VOCAB = 60  # shared real vocabulary of the tiny models
 EOS, PAD = 1, 0
 
-_DEEP = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, max_position_embeddings=128)
+_DEEP = dict(
+    num_hidden_layers=2, num_attention_heads=4, hidden_size=32, max_position_embeddings=128
+)
 _GATED = dict(**_DEEP, intermediate_size=48, num_key_value_heads=2)
 
 

@@ -112,7 +112,9 @@ def test_impossible_values(values, message):
 def test_unknown_keys_and_flags_suggest_the_right_one(tmp_path):
     with pytest.raises(ValueError, match="unknown key 'lambda'|unknown key 'lmda'"):
         parse(["--config", write(tmp_path, lmda=0.5)])
-    with pytest.raises(ValueError, match="unknown key 'max_new_token'; did you mean max_new_tokens"):
+    with pytest.raises(
+        ValueError, match="unknown key 'max_new_token'; did you mean max_new_tokens"
+    ):
         parse(["--config", write(tmp_path, max_new_token=5)])
     with pytest.raises(ValueError, match=r"unknown option --lmbd; did you mean --lmbda"):
         parse(["--model_name_or_path", "a", "--lmbd", "1"])

@@ -33,7 +33,9 @@ def tokenized(records, tokenizer, prompt=500, completion=50, template="auto"):
 def test_alpaca_template_with_and_without_input():
     with_input = alpaca_prompt("Do it.", "this")
     assert with_input.startswith("Below is an instruction that describes a task, paired with an")
-    assert with_input.endswith("\n\n### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n")
+    assert with_input.endswith(
+        "\n\n### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n"
+    )
     without = alpaca_prompt("Do it.")
     assert "Input" not in without and "paired" not in without
 

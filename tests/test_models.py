@@ -91,12 +91,14 @@ def test_head_and_hidden_states_rebuild_the_logits(architecture):
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     # response tokens 6 7 1 are predicted at positions 1 2 3, and 8 9 at positions 0 1
     want = torch.cat([logits[0, 1:4], logits[1, 0:2]])
-    torch.testing.assert_close(head_of(model).logits(hidden, 60).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        head_of(model).logits(hidden, 60).double(), want, rtol=1e-5, atol=1e-5
+    )
     assert response_labels(batch).tolist() == [6, 7, 1, 8, 9]
 
 
 def test_no_loss_on_the_prompt_and_none_missed_on_the_response():
-    """The loss must not move with a prompt token's target, and must move with every response one."""
+    """The loss is the sum over the response positions, and over no other."""
     teacher, student = tiny_model(seed=1), tiny_model(seed=2)
     prompts, completions = [[3, 4, 5]], [[6, 7, 1]]
     batch = collate(prompts, completions, pad=0)
@@ -124,7 +126,9 @@ def test_broken_weights_are_refused_before_any_work():
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("inf")
-    with pytest.raises(ValueError, match=r"teacher: got NaN or infinite weights in lm_head\.weight"):
+    with pytest.raises(
+        ValueError, match=r"teacher: got NaN or infinite weights in lm_head\.weight"
+    ):
         check_weights(model, "teacher")
 
 

@@ -71,7 +71,7 @@ class Setup:
     def start(self, name: str, **changes) -> subprocess.Popen:
         command = [sys.executable, "-m", "switchkd.train", *self.argv(name, **changes)]
         roots = [str(Path(__file__).parent.parent / part) for part in (".", "kernels")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

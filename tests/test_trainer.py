@@ -70,7 +70,7 @@ def test_the_gradient_does_not_depend_on_the_accumulation_split(tmp_path, extra)
         text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
         options = dict(lm_file=str(text), lm_coef=0.7)
     whole, trainer = gradient(tmp_path / "1", **options)
-    assert 0 < trainer.totals["tokens"], "some rows must be rollouts"
+    assert trainer.totals["tokens"] > 0, "some rows must be rollouts"
     for steps in (2, 4):
         split, _ = gradient(
             tmp_path / str(steps),
@@ -186,9 +186,7 @@ def test_validation_measures_divergences_and_rouge(tmp_path):
 
 
 def test_supervised_fine_tuning_needs_no_teacher(tmp_path):
-    trainer = make(
-        tmp_path, teacher=False, lmbda=0.0, loss_type="cross_entropy", max_steps=30
-    )
+    trainer = make(tmp_path, teacher=False, lmbda=0.0, loss_type="cross_entropy", max_steps=30)
     before = trainer.evaluate()["eval_cross_entropy"]
     trainer.train()
     after = trainer.evaluate()
