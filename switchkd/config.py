@@ -132,7 +132,6 @@ class SwitchConfig(TrainingArguments):
     load_best_model_at_end: bool = option("End with the best checkpoint.", True)
     remove_unused_columns: bool | None = option("Must stay off.", False)
     dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
-    report_to: str | list[str] | None = option("wandb, tensorboard, trackio, none, ...", "none")
 
     def __post_init__(self):
         if self.seq_kd:

@@ -255,6 +255,7 @@ def _select(logits, policy, state, sampling, ids, positions, vocab_size):
                 teacher_logits[0],
                 temperature=sampling.teacher_temperature,
                 stream=stream,
+                model="teacher",
                 **warp,
                 **options,
             )
