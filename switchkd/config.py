@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -72,6 +73,7 @@ class ScriptArguments:
     dataset_test_split: str = option("Split of the validation data.", "validation")
     eval_size: int = option("Rows held out for validation, or at most so many are used.", 100)
     max_train_rows: int | None = option("Use only the first so many rows.")
+    skip_malformed: bool = option("Leave malformed rows out instead of stopping.", False)
     template: str = option("auto, chat, alpaca or none.", "auto")
 
 
@@ -106,7 +108,9 @@ class SwitchConfig(TrainingArguments):
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
     rollout_batch_size: int = option("Rows decoded together.", 32)
-    rollout_dtype: str | None = option("Decode with a copy of the student in this type.")
+    rollout_dtype: str | None = option(
+        "Decode with a copy in this type; default that of --bf16, --fp16."
+    )
     # loss
     loss_type: str | None = option(f"One of {', '.join(LOSSES)}; default skew_reverse_kl.")
     skew_alpha: float = option("Skew of skew_kl and skew_reverse_kl, in [0, 1).", 0.1)
@@ -173,6 +177,12 @@ class SwitchConfig(TrainingArguments):
     @property
     def needs_teacher(self) -> bool:
         return self.loss_type != "cross_entropy" or (self.lmbda > 0 and self.policy().needs_teacher)
+
+    def decoding_dtype(self) -> torch.dtype | None:
+        """Type of the student's copy that writes rollouts; None: no copy."""
+        mixed = "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+        name = self.rollout_dtype or mixed
+        return None if name is None else getattr(torch, name)
 
     def policy(self) -> Policy:
         """The rollout policy of this configuration."""

@@ -5,6 +5,7 @@ Three forms are understood, by their keys:
     prompt / completion                 (strings or lists of messages; completion may be absent)
     messages                            (the last assistant message is the response)
 No row is dropped silently: every row that is left out is counted with its reason and line number.
+Malformed rows stop the run, unless it is told to leave them out, too.
 """
 
 from __future__ import annotations
@@ -102,12 +103,17 @@ class Rows(Dataset):
 
 
 def read_examples(
-    source: str, *, split: str = "train", limit: int | None = None
+    source: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    skip_malformed: bool = False,
 ) -> tuple[list[Example], Report]:
     """Read a JSON Lines file, a Hub dataset id, or `embedded` (its `train` or `valid` rows).
 
-    A line that is not JSON, or a row of a wrong shape, raises ValueError with file and line number;
-    an empty response is counted and left out. Raises ValueError for an empty data set.
+    Lines that are not JSON and rows of a wrong shape raise ValueError with their line numbers, or
+    are counted and left out with skip_malformed; empty rows are always counted and left out.
+    Raises ValueError for an empty data set.
     """
     if source == EMBEDDED:
         source = str(EMBEDDED_DIR / "data" / f"{split}.jsonl")
@@ -115,27 +121,32 @@ def read_examples(
     local = path.suffix in (".jsonl", ".json") or path.exists()
     records = _read_file(path) if local else _read_hub(source, split)
     report = Report(source=path.name if local else f"{source} [{split}]")
-    return examples_from(records, report, limit)
+    return examples_from(records, report, limit, skip_malformed)
 
 
 def examples_from(
-    records: Iterable[Mapping], report: Report, limit: int | None = None
+    records: Iterable[Mapping],
+    report: Report,
+    limit: int | None = None,
+    skip_malformed: bool = False,
 ) -> tuple[list[Example], Report]:
     """Examples of records (dicts of one of the forms above); line numbers start at 1."""
     examples: list[Example] = []
+    malformed: list[str] = []
     for line, record in enumerate(records, start=1):
         if record is None:
             report.drop("blank lines", line)
             continue
         try:
             form, messages, references = _parse(record)
+            if report.form and form != report.form:
+                raise ValueError(
+                    f"got the form {form}, expected {report.form} as in the lines before"
+                )
         except ValueError as error:
-            raise ValueError(f"{report.source}, line {line}: {error}") from None
-        if report.form and form != report.form:
-            raise ValueError(
-                f"{report.source}, line {line}: got the form {form}, "
-                f"expected {report.form} as in the lines before"
-            )
+            report.drop("malformed rows", line)
+            malformed.append(f"line {line}: {error}")
+            continue
         report.form = form
         if not messages[-1]["content"].strip():
             report.drop("rows with an empty prompt", line)
@@ -145,27 +156,30 @@ def examples_from(
             examples.append(Example(messages, references, line, str(record.get("source", ""))))
         if limit is not None and len(examples) >= limit:
             break
+    if malformed and not skip_malformed:
+        more = f"\n... and {len(malformed) - 5} more" if len(malformed) > 5 else ""
+        raise ValueError(
+            f"{report.source}: got {len(malformed)} malformed rows, expected none "
+            "(--skip_malformed true leaves them out)\n" + "\n".join(malformed[:5]) + more
+        )
     report.kept = len(examples)
     if not examples:
         raise ValueError(f"{report.source}: got no usable rows, expected at least one\n{report}")
     return examples, report
 
 
-def _read_file(path: Path) -> Iterable[Mapping | None]:
+def _read_file(path: Path) -> Iterable[Mapping | _NotJson | None]:
     if not path.is_file():
         raise ValueError(f"data: got {path}, expected an existing .jsonl file or a Hub dataset id")
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+        for line in file:
             if not line.strip():
                 yield None
                 continue
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                    "expected one JSON object a line. Is the file cut off?"
-                ) from None
+                yield _NotJson(f"not valid JSON ({error.msg} at column {error.colno}), cut off?")
 
 
 def _read_hub(name: str, split: str) -> Iterable[Mapping]:
@@ -180,8 +194,14 @@ def _read_hub(name: str, split: str) -> Iterable[Mapping]:
         ) from error
 
 
+class _NotJson(str):
+    """Why a line could not be read."""
+
+
 def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
     """(form, prompt messages, references) of one record."""
+    if isinstance(record, _NotJson):
+        raise ValueError(record)
     if not isinstance(record, Mapping):
         raise ValueError(f"got {type(record).__name__}, expected a JSON object")
     form = next((f for f, keys in FORMS.items() if all(k in record for k in keys)), None)
@@ -274,6 +294,15 @@ def tokenize(
     if not rows:
         raise ValueError(f"no row fits the length limits\n{report}")
     return Rows(rows, report)
+
+
+def rows_from(
+    records: Iterable[Mapping], tokenizer, max_prompt_length: int, max_completion_length: int
+) -> Rows:
+    """Tokenised rows of a `datasets.Dataset` or a list of dicts."""
+    examples, report = examples_from(records, Report(source="dataset"))
+    limits = dict(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
+    return tokenize(examples, report, tokenizer, **limits)
 
 
 def _prompt_ids(example: Example, tokenizer, template: str) -> list[int]:

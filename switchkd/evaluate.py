@@ -100,8 +100,9 @@ def evaluate_set(
     """Scores of one set: for each metric its mean and deviation over the seeds, and each seed's."""
     references = [row.example.references for row in rows]
     runs = []
-    with tqdm(total=len(args.seeds) * len(rows), desc=name, unit="row") as bar:
-        for seed in args.seeds:
+    steps = args.max_new_tokens * -(-len(rows) // args.batch_size)  # an upper bound per seed
+    for number, seed in enumerate(args.seeds, start=1):
+        with tqdm(total=steps, desc=f"{name}, seed {number}/{len(args.seeds)}", unit="tok") as bar:
             texts = metrics.generate(
                 model,
                 rows,
@@ -110,9 +111,9 @@ def evaluate_set(
                 Sampling(seed=seed, student_temperature=args.temperature),
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
-                on_batch=bar.update,
+                on_step=lambda _t, _running, bar=bar: bar.update(),
             )
-            runs.append(metrics.score(texts, references))
+        runs.append(metrics.score(texts, references))
     result: dict = {"rows": len(rows)}
     for metric in runs[0]:
         values = [run[metric] for run in runs]

@@ -16,7 +16,7 @@ from torch import nn
 from switchkd.data import Row
 from switchkd.losses import collate, response_hidden, response_labels
 from switchkd.models import Vocabulary, decoder_of, head_of
-from switchkd.rollout import Sampling, rollout_naive
+from switchkd.rollout import Sampling, rollout_in_batches
 
 
 @lru_cache(maxsize=1)
@@ -129,29 +129,26 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """One sampled response per row, in order; the noise is keyed by row, not by batch."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
-    texts = [""] * len(rows)
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
-        rollout = rollout_naive(
-            None,
-            model,
-            [rows[i].prompt_ids for i in part],
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=vocabulary.eos_token_ids,
-            pad_token_id=vocabulary.pad_token_id,
-            vocab_size=vocabulary.size,
-            sampling=sampling,
-            sequence_ids=[rows[i].id for i in part],
-        )
-        for i, tokens in zip(part, rollout.completions(), strict=True):
-            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        if on_batch is not None:
-            on_batch(len(part))
-    return texts
+    if not rows:
+        return []
+    rollout = rollout_in_batches(
+        None,
+        model,
+        [row.prompt_ids for row in rows],
+        batch_size=batch_size,
+        sequence_ids=[row.id for row in rows],
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=vocabulary.eos_token_ids,
+        pad_token_id=vocabulary.pad_token_id,
+        vocab_size=vocabulary.size,
+        on_step=on_step,
+    )
+    completions = rollout.completions()
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions]
 
 
 def validate(
@@ -166,6 +163,7 @@ def validate(
     max_new_tokens: int,
     batch_size: int,
     rollout_batch_size: int,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """The sums of `teacher_forced`, and of Rouge-L over one sample per row, for `means`.
 
@@ -181,6 +179,7 @@ def validate(
         sampling,
         max_new_tokens=max_new_tokens,
         batch_size=rollout_batch_size,
+        on_step=on_step,
     )
     scores = [rouge_l(t, row.example.references) for t, row in zip(texts, rows, strict=True)]
     return torch.cat([sums, sums.new_tensor([sum(scores), len(scores)])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,19 @@ def check_weights(model: nn.Module, role: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
+
+
+def decoding_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in.
+
+    Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
+    """
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for wrapper in ("forward", "_original_forward"):  # would still call the original model
+        twin.__dict__.pop(wrapper, None)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return twin
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -275,3 +275,40 @@ def _select(logits, policy, state, sampling, ids, positions, vocab_size):
         error.args = (f"{where}: {error}",)
         raise
     return chosen, tau
+
+
+def rollout_in_batches(
+    teacher: torch.nn.Module | None,
+    student: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy | None = None,
+    *,
+    batch_size: int,
+    sequence_ids: Sequence[int],
+    pad_token_id: int,
+    **options,
+) -> Rollout:
+    """`rollout_naive` over any number of prompts, those of like length together; in their order.
+
+    The row in an InvalidLogits error is that of `prompts`.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = []
+    for at in range(0, len(order), batch_size):
+        part = order[at : at + batch_size]
+        try:
+            rollout = rollout_naive(
+                teacher,
+                student,
+                [prompts[i] for i in part],
+                policy,
+                sequence_ids=[sequence_ids[i] for i in part],
+                pad_token_id=pad_token_id,
+                **options,
+            )
+        except InvalidLogits as error:
+            error.row = part[error.row]
+            raise
+        parts.append(rollout)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return Rollout.join(parts, inverse, pad_token_id)

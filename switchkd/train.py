@@ -199,11 +199,16 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
         template=script.template,
     )
     examples, report = read_examples(
-        script.dataset_name, split=script.dataset_train_split, limit=script.max_train_rows
+        script.dataset_name,
+        split=script.dataset_train_split,
+        limit=script.max_train_rows,
+        skip_malformed=script.skip_malformed,
     )
     if script.eval_dataset_name is not None:
         held_out, eval_report = read_examples(
-            script.eval_dataset_name, split=script.dataset_test_split
+            script.eval_dataset_name,
+            split=script.dataset_test_split,
+            skip_malformed=script.skip_malformed,
         )
         held_out = held_out[: script.eval_size]
     else:

@@ -7,7 +7,6 @@ number.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_MIX
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,15 +31,16 @@ from switchkd.checkpoint import (
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
-from switchkd.data import Report, Row, Rows, examples_from, text_blocks, tokenize
+from switchkd.data import Row, Rows, rows_from, text_blocks
 from switchkd.models import (
     check_weights,
+    decoding_copy,
     disable_dropout,
     load_model,
     load_tokenizer,
     share_vocabulary,
 )
-from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_naive
+from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_in_batches
 
 
 class SwitchTrainer(Trainer):
@@ -108,8 +109,8 @@ class SwitchTrainer(Trainer):
             model=model,
             args=args,
             data_collator=lambda rows: {"rows": torch.tensor(rows)},
-            train_dataset=_as_rows(train_dataset, processing_class, args),
-            eval_dataset=_as_rows(eval_dataset, processing_class, args),
+            train_dataset=self._rows(train_dataset, processing_class, args),
+            eval_dataset=self._rows(eval_dataset, processing_class, args),
             processing_class=processing_class,
             **kwargs,
         )
@@ -123,6 +124,12 @@ class SwitchTrainer(Trainer):
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
         self.before: dict[str, float] | None = None
         self._clock = time.time()
+
+    @staticmethod
+    def _rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
+        limits = (args.max_prompt_length, args.max_new_tokens)
+        tokenised = dataset is None or isinstance(dataset, Rows)
+        return dataset if tokenised else rows_from(dataset, tokenizer, *limits)
 
     # ------------------------------------------------------------------ one window of batches
 
@@ -185,38 +192,42 @@ class SwitchTrainer(Trainer):
 
     def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
         """Completions of `rows` by the current student and the teacher, in the order given."""
-        student = self._student_for_decoding()
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
-        parts, size = [], self.args.rollout_batch_size
-        for at in range(0, len(order), size):
-            part = [rows[i] for i in order[at : at + size]]
+        size = self.args.rollout_batch_size
+        steps = self.args.max_new_tokens * -(-len(rows) // size)
+        with self._bar(steps, f"rollout of {len(rows)} rows", "token") as bar:
             try:
-                rollout = rollout_naive(
+                return rollout_in_batches(
                     self.teacher,
-                    student,
-                    [row.prompt_ids for row in part],
+                    self._student_for_decoding(),
+                    [row.prompt_ids for row in rows],
                     self.policy,
+                    batch_size=size,
+                    sequence_ids=[sequence_id(row.id, epoch) for row in rows],
+                    sampling=self.sampling,
                     max_new_tokens=self.args.max_new_tokens,
                     eos_token_ids=self.vocabulary.eos_token_ids,
                     pad_token_id=self.vocabulary.pad_token_id,
                     vocab_size=self.vocabulary.size,
-                    sampling=self.sampling,
-                    sequence_ids=[sequence_id(row.id, epoch) for row in part],
+                    on_step=lambda _t, _running: bar.update(),
                 )
             except InvalidLogits as error:
-                raise self._broken(f"data row {part[error.row].id}: {error}") from error
-            parts.append(rollout)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return Rollout.join(parts, inverse, self.vocabulary.pad_token_id)
+                raise self._broken(f"data row {rows[error.row].id}: {error}") from error
+
+    def _bar(self, total: int, what: str, unit: str):
+        off = self.args.disable_tqdm or not self.is_world_process_zero()
+        return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
 
     def _student_for_decoding(self):
-        """The student itself, or its copy in `rollout_dtype`, refreshed."""
+        """The student itself, or its copy in `rollout_dtype`, refreshed.
+
+        Decoding float32 weights under autocast would cast every weight again for every token.
+        """
         student = self.accelerator.unwrap_model(self.model)
-        if self.args.rollout_dtype is None:
+        dtype = self.args.decoding_dtype()
+        if dtype is None or dtype == next(student.parameters()).dtype:
             return student
         if self._decoding_copy is None:
-            dtype = getattr(torch, self.args.rollout_dtype)
-            self._decoding_copy = copy.deepcopy(student).to(dtype).requires_grad_(False)
+            self._decoding_copy = decoding_copy(student, dtype)
         with torch.no_grad():
             pairs = zip(self._decoding_copy.parameters(), student.parameters(), strict=True)
             for mine, current in pairs:
@@ -325,18 +336,21 @@ class SwitchTrainer(Trainer):
         rows = (eval_dataset or self.eval_dataset).rows
         mine = rows[self.args.process_index :: self.args.world_size]
         start = time.perf_counter()
-        sums = metrics.validate(
-            self.teacher,
-            self.accelerator.unwrap_model(self.model),
-            self._student_for_decoding(),
-            mine,
-            self.processing_class,
-            self.vocabulary,
-            Sampling(seed=self.args.seed, student_temperature=self.args.eval_temperature),
-            max_new_tokens=self.args.max_new_tokens,
-            batch_size=self.args.per_device_eval_batch_size,
-            rollout_batch_size=self.args.rollout_batch_size,
-        )
+        bar = self._bar(None, f"validation on {len(mine)} rows", "token")
+        with bar, self.accelerator.autocast():  # as in training, before it, too
+            sums = metrics.validate(
+                self.teacher,
+                self.accelerator.unwrap_model(self.model),
+                self._student_for_decoding(),
+                mine,
+                self.processing_class,
+                self.vocabulary,
+                Sampling(seed=self.args.seed, student_temperature=self.args.eval_temperature),
+                max_new_tokens=self.args.max_new_tokens,
+                batch_size=self.args.per_device_eval_batch_size,
+                rollout_batch_size=self.args.rollout_batch_size,
+                on_step=lambda _t, _running: bar.update(),
+            )
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums[None]).sum(0)
         values = metrics.means(sums)
@@ -380,16 +394,3 @@ class SwitchTrainer(Trainer):
 def sequence_id(row_id: int, epoch: int) -> int:
     """Keys the noise of a rollout: fresh for each row and epoch (below 2^56)."""
     return (epoch << 32) | row_id
-
-
-def _as_rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
-    if dataset is None or isinstance(dataset, Rows):
-        return dataset
-    examples, report = examples_from(dataset, Report(source="dataset"))
-    return tokenize(
-        examples,
-        report,
-        tokenizer,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_new_tokens,
-    )

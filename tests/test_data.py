@@ -121,7 +121,7 @@ def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"instruction": "a", "outp', r"line 2: not valid JSON .* Is the file cut off"),
+        ('{"instruction": "a", "outp', r"line 2: not valid JSON .* cut off\?"),
         ("[1, 2]", r"line 2: got list, expected a JSON object"),
         ('{"question": "a"}', r"line 2: got the keys \['question'\], expected one of"),
         ('{"instruction": 3, "output": "b"}', r"line 2: instruction: got int, expected a string"),
@@ -133,8 +133,10 @@ def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
 def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ALPACA) + "\n" + line)
-    with pytest.raises(ValueError, match=r"rows\.jsonl, " + message):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: got 1 malformed rows.*\n" + message):
         read_examples(str(path))
+    examples, report = read_examples(str(path), skip_malformed=True)
+    assert len(examples) == 1 and report.left_out == {"malformed rows": [2]}
 
 
 def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):

@@ -191,7 +191,7 @@ def test_bad_input_ends_with_one_line_and_code_1(setup, capsys):
         "cannot load the tokenizer"
     )
     (setup.folder / "cut.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"')
-    assert "cut.jsonl, line 2: not valid JSON" in message(
+    assert "cut.jsonl: got 1 malformed rows" in message(
         "b", dataset_name=setup.folder / "cut.jsonl"
     )
     (setup.folder / "empty.jsonl").write_text("")

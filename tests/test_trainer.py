@@ -7,6 +7,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from transformers import TrainerCallback
 
+from switchkd.checkpoint import last_checkpoint
 from switchkd.config import SwitchConfig
 from switchkd.trainer import SwitchTrainer
 
@@ -26,7 +27,16 @@ class Watch(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
 
-def make(tmp_path, *, rows=ROWS, teacher=True, dtype=torch.float64, callbacks=None, **kwargs):
+def make(
+    tmp_path,
+    *,
+    rows=ROWS,
+    teacher=True,
+    dtype=torch.float64,
+    callbacks=None,
+    peft_config=None,
+    **kwargs,
+):
     options = dict(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -52,6 +62,7 @@ def make(tmp_path, *, rows=ROWS, teacher=True, dtype=torch.float64, callbacks=No
         eval_dataset=rows[:3],
         processing_class=byte_tokenizer(),
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 
@@ -215,6 +226,60 @@ def test_rollout_copy_in_another_type_follows_the_student(tmp_path):
     again = trainer._student_for_decoding()
     for mine, current in zip(again.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, current.bfloat16())
+
+
+def test_the_decoding_copy_is_independent_of_autocast_and_keeps_its_buffers(tmp_path):
+    trainer = make(tmp_path, dtype=torch.float32, bf16=True, lmbda=1.0)
+    trainer.train()  # from here on the student's forward is wrapped in autocast
+    student, copy = trainer.model, trainer._student_for_decoding()
+    assert copy is not student and copy.dtype == torch.bfloat16
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = copy(ids).logits
+        assert before.dtype == torch.bfloat16
+        for parameter in student.parameters():
+            parameter.zero_()
+        assert torch.equal(copy(ids).logits, before)
+
+
+def test_rotary_frequencies_stay_in_float32():
+    from switchkd.models import decoding_copy
+
+    copy = decoding_copy(tiny_model(dtype=torch.float32), torch.bfloat16)
+    assert {b.dtype for b in copy.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+def test_lora_trains_only_the_adapter_and_saves_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    trainer = make(
+        tmp_path, dtype=torch.float32, peft_config=config, save_strategy="steps", max_steps=3,
+        save_steps=3,
+    )  # fmt: skip
+    base = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
+    before = trainer.evaluate()["eval_kl"]
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, base[name])
+    assert trainer.totals["tokens"] > 0
+    assert trainer.evaluate()["eval_kl"] != before
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-3")
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
+    trainer = make(
+        tmp_path, dtype=torch.float32, max_steps=6, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, save_total_limit=1, metric_for_best_model="kl",
+        learning_rate=0.3,
+    )  # fmt: skip
+    trainer.train()
+    measured = [e["eval_kl"] for e in trainer.state.log_history if "eval_kl" in e]
+    best = min(range(6), key=measured.__getitem__)
+    assert best != 5, "the learning rate should have spoilt the last step"
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(measured[best], rel=1e-5)
 
 
 def test_nan_in_the_student_stops_with_step_and_row_and_keeps_the_checkpoint(tmp_path):
