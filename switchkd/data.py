@@ -109,7 +109,7 @@ def read_examples(
     limit: int | None = None,
     skip_malformed: bool = False,
 ) -> tuple[list[Example], Report]:
-    """Read a JSON Lines file, a Hub dataset id, or `embedded` (its `train` or `valid` rows).
+    """Read a JSON Lines file, a Hub dataset id or folder (through `datasets`), or `embedded`.
 
     Lines that are not JSON and rows of a wrong shape raise ValueError with their line numbers, or
     are counted and left out with skip_malformed; empty rows are always counted and left out.
@@ -118,7 +118,7 @@ def read_examples(
     if source == EMBEDDED:
         source = str(EMBEDDED_DIR / "data" / f"{split}.jsonl")
     path = Path(source)
-    local = path.suffix in (".jsonl", ".json") or path.exists()
+    local = path.suffix in (".jsonl", ".json") or path.is_file()
     records = _read_file(path) if local else _read_hub(source, split)
     report = Report(source=path.name if local else f"{source} [{split}]")
     return examples_from(records, report, limit, skip_malformed)
@@ -190,7 +190,7 @@ def _read_hub(name: str, split: str) -> Iterable[Mapping]:
     except Exception as error:
         raise ValueError(
             f"data: cannot load {name!r} [{split}] ({type(error).__name__}: {error}); "
-            "expected a Hub dataset id, an existing .jsonl file, or 'embedded'"
+            "expected a Hub dataset id, a folder of data files, a .jsonl file, or 'embedded'"
         ) from error
 
 

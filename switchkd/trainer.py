@@ -68,7 +68,6 @@ class SwitchTrainer(Trainer):
         processing_class=None,
         peft_config=None,
         teacher_processing_class=None,
-        text_sink=print_completion,
         **kwargs,
     ):
         args = args or SwitchConfig()
@@ -104,7 +103,6 @@ class SwitchTrainer(Trainer):
         if args.lm_file is not None and args.lm_coef > 0:
             width = args.max_prompt_length + args.max_new_tokens
             self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
-        self._text_sink = text_sink
         super().__init__(
             model=model,
             args=args,
@@ -326,7 +324,7 @@ class SwitchTrainer(Trainer):
             logs.update({name: sum(v) / len(v) for name, v in self._logs.items() if v})
             self._logs.clear()
             if self._last_sample and self.args.log_completions and self.is_world_process_zero():
-                self._text_sink(self.processing_class, self._last_sample)
+                print_completion(self.processing_class, self._last_sample)
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ validation
@@ -363,6 +361,12 @@ class SwitchTrainer(Trainer):
         return result
 
     # ------------------------------------------------------------------ checkpoints
+
+    def _issue_warnings_after_load(self, load_result):
+        """A tied head is not in the checkpoint: nothing is missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -139,6 +139,16 @@ def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
     assert len(examples) == 1 and report.left_out == {"malformed rows": [2]}
 
 
+def test_hub_datasets_are_read_through_datasets(tmp_path):
+    """A folder of data files is read as a repository of the Hub is."""
+    write(tmp_path / "train.jsonl", [ALPACA, {**ALPACA, "output": ""}])
+    examples, report = read_examples(str(tmp_path), split="train")
+    assert [e.references for e in examples] == [("3",)]
+    assert report.left_out == {"rows with an empty response": [2]}
+    with pytest.raises(ValueError, match=r"cannot load .*absent"):
+        read_examples(str(tmp_path), split="absent")
+
+
 def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"empty\.jsonl: got no usable rows"):

@@ -304,3 +304,21 @@ def test_nan_in_the_student_stops_with_step_and_row_and_keeps_the_checkpoint(tmp
 def test_models_that_cannot_work_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="need 540 positions, expected at most 128"):
         make(tmp_path, max_prompt_length=500, max_new_tokens=40)
+
+
+def test_the_console_sample_shows_who_wrote_each_token(tmp_path):
+    from rich.console import Console
+
+    from switchkd.console import print_completion
+
+    tokenizer = byte_tokenizer()
+    text = "né <b>[/red]"  # two bytes make the é; neither HTML nor markup may be interpreted
+    tokens = tokenizer(text)["input_ids"]
+    record = {"step": 3, "row": 7, "prompt": "[bold]p", "tokens": tokens}
+    record["from_teacher"] = [0] * 4 + [1] * (len(tokens) - 4)
+    console = Console(record=True, width=80, force_terminal=True)
+    print_completion(tokenizer, record, console)
+    styled, plain = console.export_text(styles=True, clear=False), console.export_text()
+    assert text in plain and "[bold]p" in plain and "step 3, data row 7" in plain
+    assert f"4 tokens by the student,  {len(tokens) - 4} by the teacher" in plain
+    assert "\x1b[30;103m" in styled  # black on bright yellow
