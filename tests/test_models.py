@@ -161,3 +161,26 @@ def test_dropout_is_switched_off_wherever_it_is_kept():
     model.train()
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_the_loss_goes_through_the_wrapper_of_the_student():
+    """What wraps a model (DDP) must see the forward, or gradients are not reduced over ranks."""
+
+    class Wrapper(nn.Module):
+        calls = 0
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            self.calls += 1
+            return self.module(**inputs)
+
+    teacher, student = tiny_model(seed=1), tiny_model(seed=2)
+    wrapper = Wrapper(student)
+    batch = collate([[3, 4, 5]], [[6, 7, 1]], pad=0)
+    loss = distillation_loss(teacher, wrapper, student, batch, vocab_size=60, kind="tvd")
+    loss.backward()
+    assert wrapper.calls == 1
+    assert all(p.grad is not None for p in student.parameters())

@@ -322,3 +322,15 @@ def test_the_console_sample_shows_who_wrote_each_token(tmp_path):
     assert text in plain and "[bold]p" in plain and "step 3, data row 7" in plain
     assert f"4 tokens by the student,  {len(tokens) - 4} by the teacher" in plain
     assert "\x1b[30;103m" in styled  # black on bright yellow
+
+
+def test_gradient_checkpointing_leaves_cache_and_rollouts_alone(tmp_path):
+    plain = make(tmp_path / "a", lmbda=1.0)
+    plain.train()
+    saving = make(tmp_path / "b", lmbda=1.0, gradient_checkpointing=True)
+    saving.train()
+    assert saving.model.is_gradient_checkpointing
+    files = [(tmp_path / x / "completions.jsonl").read_text() for x in "ab"]
+    assert files[0] == files[1]
+    for a, b in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
