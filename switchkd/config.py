@@ -146,6 +146,8 @@ class SwitchConfig(TrainingArguments):
             self.load_best_model_at_end = False
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments wants to be told before it allows bf16 there
         self._check()
         super().__post_init__()
 

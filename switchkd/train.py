@@ -85,7 +85,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
     if teacher is not None:
         sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
-    console.print(f"{sizes}; {config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows")
+    rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
+    console.print(f"{sizes}; {rollouts if config.lmbda > 0 else 'no rollouts'}")
 
     stop = GracefulStop()
     stop.install()

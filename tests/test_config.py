@@ -141,7 +141,7 @@ def test_no_arguments_is_the_embedded_demonstration():
 
 @pytest.mark.parametrize("path", [DEMO, *EXAMPLES], ids=lambda p: p.stem)
 def test_every_preset_builds_its_configuration(path):
-    script, c = parse(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+    script, c = parse(["--config", str(path), "--use_cpu", "true"])
     assert isinstance(script, ScriptArguments)
     assert c.policy() is not None
     if c.needs_teacher:
