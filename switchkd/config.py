@@ -6,6 +6,7 @@ Names follow TRL's GKDConfig and ModelConfig where those have one.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -150,6 +151,16 @@ class SwitchConfig(TrainingArguments):
             self.use_cpu = True  # TrainingArguments wants to be told before it allows bf16 there
         self._check()
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"got {self.n_gpu} GPUs in one process, expected one process for each: "
+                "accelerate launch -m switchkd.train, or CUDA_VISIBLE_DEVICES"
+            )
+        launched = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
+        if self.fsdp or self.deepspeed or "true" in launched:
+            raise ValueError(
+                "got FSDP or DeepSpeed, expected one process or DDP: rollouts need whole weights"
+            )
 
     def _check(self) -> None:
         def need(name: str, ok: bool, expected: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
-from switchkd_kernels.reference import STREAM_MIX
+from switchkd_kernels.reference import STREAM_MIX, STREAM_TEXT
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
@@ -235,7 +235,7 @@ class SwitchTrainer(Trainer):
     def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
         """One block of the extra text per row, by (row, epoch): independent of batching."""
         ids = torch.tensor([row.id for row in rows])
-        at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_MIX + 1)
+        at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_TEXT)
         return self._lm_blocks[(at * len(self._lm_blocks)).long()]
 
     # ------------------------------------------------------------------ loss

@@ -158,3 +158,9 @@ def test_the_papers_pairs_are_all_there():
     pairs = {f"gpt2_xl_to_{s}" for s in ("base", "medium", "large")}
     pairs |= {f"opt_2.7b_to_{s}" for s in ("125m", "350m", "1.3b")}
     assert pairs | {"openllama_7b_to_3b", "smollm2_dolly", "smollm2_sft"} <= names
+
+
+def test_launches_that_cannot_roll_out_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="got FSDP or DeepSpeed, expected one process or DDP"):
+        config()
