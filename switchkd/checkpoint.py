@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+COMPLETIONS = "completions.jsonl"
 RUN_STATE = "run_state.json"  # in each checkpoint: what the summary needs beyond trainer_state.json
 
 
@@ -64,9 +65,15 @@ def unsaved(folder: Path, error: Exception) -> OSError:
     )
 
 
+def append_completions(output_dir: str | Path, records: list[dict]) -> None:
+    """One line of completions.jsonl per rollout: enough to look at it, or to replay it."""
+    with (Path(output_dir) / COMPLETIONS).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def drop_completions_after(output_dir: str | Path, step: int) -> None:
     """Forget completions written after `step`: the resumed run writes them again."""
-    path = Path(output_dir) / "completions.jsonl"
+    path = Path(output_dir) / COMPLETIONS
     if not path.exists():
         return
     kept = path.with_suffix(".tmp")

@@ -16,7 +16,7 @@ from torch import nn
 from switchkd.data import Row
 from switchkd.losses import collate, response_hidden, response_labels
 from switchkd.models import Vocabulary, decoder_of, head_of
-from switchkd.rollout import Sampling, rollout_in_batches
+from switchkd.rollout import Rollout, Sampling, rollout_in_batches
 
 
 @lru_cache(maxsize=1)
@@ -195,3 +195,20 @@ def means(sums: torch.Tensor) -> dict[str, float]:
         "rouge_l": rouge / max(count, 1),
     }
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def describe(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, float]:
+    """What a training log says of a rollout; names as in TRL where it has one."""
+    lengths, tokens = rollout.lengths.double(), int(rollout.lengths.sum())
+    last = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0]
+    ended = torch.isin(last, torch.tensor(list(eos_token_ids))).double()
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - ended.mean().item(),
+        "rollout/teacher_share": rollout.teacher_tokens() / tokens,
+        "rollout/divergence": rollout.divergence.nanmean().item(),
+        "rollout/tokens_per_second": tokens / rollout.seconds,
+        "time/rollout": rollout.seconds,
+    }

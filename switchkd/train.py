@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from switchkd import metrics
-from switchkd.checkpoint import check_checkpoint, last_checkpoint
+from switchkd.checkpoint import COMPLETIONS, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
 from switchkd.console import GracefulStop, print_summary
 from switchkd.data import Rows, read_examples, tokenize
@@ -135,7 +135,7 @@ def prepare_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
         if taken:
             for path in folder.glob("checkpoint-*"):
                 shutil.rmtree(path)
-            for name in ("completions.jsonl", "summary.json"):
+            for name in (COMPLETIONS, "summary.json"):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from switchkd import losses, metrics
 from switchkd.checkpoint import (
     RUN_STATE,
+    append_completions,
     checkpoint_step,
     drop_completions_after,
     last_checkpoint,
@@ -148,11 +149,12 @@ class SwitchTrainer(Trainer):
         epoch = int(self.state.epoch or 0)
         completions = [row.completion_ids for row in rows]
         chosen = [i for i, use in enumerate(self.choose_generated(rows, epoch)) if use]
-        if chosen:
-            rollout = self.roll_out([rows[i] for i in chosen], epoch)
+        picked = [rows[i] for i in chosen]
+        rollout = self.roll_out(picked, epoch) if chosen else None
+        if rollout is not None:
             for i, tokens in zip(chosen, rollout.completions(), strict=True):
                 completions[i] = tokens
-            self._record(rollout, [rows[i] for i in chosen])
+        self._record(rollout, picked)
         order = sorted(
             range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
         )
@@ -270,7 +272,7 @@ class SwitchTrainer(Trainer):
             loss = loss + args.lm_coef * lm_loss / (samples * (lm_ids.shape[1] - 1))
         if not torch.isfinite(loss):
             raise self._broken(f"data rows {row_ids.tolist()}: the loss is {loss.item()}")
-        self._logs["time/loss"].append(time.perf_counter() - start)
+        self._logs["time/forward"].append(time.perf_counter() - start)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
 
     def _broken(self, what: str) -> FloatingPointError:
@@ -282,42 +284,24 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------ records and logs
 
-    def _record(self, rollout: Rollout, rows: list[Row]) -> None:
-        tokens, teacher = int(rollout.lengths.sum()), rollout.teacher_tokens()
-        self.totals["tokens"] += tokens
-        self.totals["teacher_tokens"] += teacher
-        self.totals["rollout_seconds"] += rollout.seconds
-        lengths = rollout.lengths.double()
-        ended = torch.isin(
-            rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0],
-            torch.tensor(self.vocabulary.eos_token_ids),
-        )
-        self._logs["completions/mean_length"].append(lengths.mean().item())
-        self._logs["completions/min_length"].append(lengths.min().item())
-        self._logs["completions/max_length"].append(lengths.max().item())
-        self._logs["completions/clipped_ratio"].append(1 - ended.double().mean().item())
-        self._logs["rollout/teacher_share"].append(teacher / tokens)
-        self._logs["rollout/tokens_per_second"].append(tokens / rollout.seconds)
-        self._logs["rollout/divergence"].append(rollout.divergence.nanmean().item())
-        self._logs["time/rollout"].append(rollout.seconds)
-        if not (self.args.save_completions or self.args.log_completions):
-            return
-        records = [
-            {
-                "step": self.state.global_step + 1,
-                "row": row.id,
-                "prompt": self.processing_class.decode(row.prompt_ids),
-                "completion": self.processing_class.decode(tokens),
-                **rollout.record(i),
-            }
-            for i, (row, tokens) in enumerate(zip(rows, rollout.completions(), strict=True))
-        ]
-        self._last_sample = records[0]
+    def _record(self, rollout: Rollout | None, rows: list[Row]) -> None:
+        """Totals, log values, completions.jsonl; None where no row of this rank was rolled out."""
+        records = []
+        if rollout is not None:
+            self.totals["tokens"] += int(rollout.lengths.sum())
+            self.totals["teacher_tokens"] += rollout.teacher_tokens()
+            self.totals["rollout_seconds"] += rollout.seconds
+            for name, value in metrics.describe(rollout, self.vocabulary.eos_token_ids).items():
+                self._logs[name].append(value)
+            step, decode = self.state.global_step + 1, self.processing_class.decode
+            for i, (row, tokens) in enumerate(zip(rows, rollout.completions(), strict=True)):
+                texts = {"prompt": decode(row.prompt_ids), "completion": decode(tokens)}
+                records.append({"step": step, "row": row.id, **texts, **rollout.record(i)})
+            self._last_sample = records[0]
         if self.args.save_completions:
             records = gather_object(records) if self.args.world_size > 1 else records
             if self.is_world_process_zero():
-                with (Path(self.args.output_dir) / "completions.jsonl").open("a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in records)
+                append_completions(self.args.output_dir, records)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
