@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         script, config = parse(argv)
+        console.quiet = config.process_index > 0
         return run(script, config, console)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print("[bold red]error:[/]", end=" ")
@@ -126,6 +127,8 @@ def prepare_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     values = {k: v for k, v in values.items() if k not in FREE_TO_CHANGE}
     if wanted in (None, False, "false", "False"):
         config.resume_from_checkpoint = None
+        if config.process_index > 0:  # the first process prepares the folder for all
+            return None
         taken = record.exists() or any(folder.glob("checkpoint-*"))
         if taken and not config.overwrite_output_dir:
             raise ValueError(

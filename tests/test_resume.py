@@ -68,8 +68,9 @@ class Setup:
     def run(self, name: str, **changes) -> int:
         return main(self.argv(name, **changes))
 
-    def start(self, name: str, **changes) -> subprocess.Popen:
-        command = [sys.executable, "-m", "switchkd.train", *self.argv(name, **changes)]
+    def start(self, name: str, launcher: tuple = (), **changes) -> subprocess.Popen:
+        python = [sys.executable, "-m", *launcher]
+        command = [*python, "switchkd.train", *self.argv(name, **changes)]
         roots = [str(Path(__file__).parent.parent / part) for part in (".", "kernels")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
@@ -146,6 +147,23 @@ def test_ctrl_c_saves_and_resume_is_bit_exact(setup):
     assert last_checkpoint(setup.folder / "stopped") is not None
     assert setup.run("stopped", resume_from_checkpoint="last") == 0
     setup.assert_same_as_whole("stopped")
+
+
+def test_two_processes_train_as_one(setup):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    changes = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+    process = setup.start("two", launcher, **changes)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    one, two = (setup.folder / name for name in ("whole", "two"))
+
+    def written(folder):
+        lines = (json.loads(line) for line in (folder / "completions.jsonl").open())
+        return sorted((r["step"], r["row"], r["tokens"], r["from_teacher"]) for r in lines)
+
+    assert written(one) == written(two)
+    for step, values in losses(one).items():
+        assert losses(two)[step] == pytest.approx(values, rel=1e-4)
 
 
 def test_a_checkpoint_cut_off_while_saving_is_passed_over(setup, capsys):
