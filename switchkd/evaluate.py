@@ -86,7 +86,7 @@ def find_sets(args: EvalArguments) -> dict[str, str]:
     for item in args.data:
         name, _, source = item.rpartition("=")
         sets[name or Path(source).stem] = source
-    return sets or {"embedded validation rows": EMBEDDED}
+    return sets or {"embedded": EMBEDDED}
 
 
 def evaluate_set(
@@ -125,8 +125,10 @@ def evaluate_set(
 
 def print_results(results: dict, console: Console) -> None:
     table = Table(title=f"{results['model']}: Rouge-L and BLEU, {len(results['seeds'])} seeds")
-    for column in ("set", "rows", "Rouge-L", "1-10 words", "11+ words", "BLEU"):
-        table.add_column(column, justify="left" if column == "set" else "right", no_wrap=True)
+    table.add_column("set")  # narrow terminals wrap the names, not the numbers
+    table.add_column("rows", justify="right", no_wrap=True)
+    for column in ("Rouge-L", "1-10 words", "11+ words", "BLEU"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=12)
     columns = ("rouge_l", "rouge_l_1_to_10_words", "rouge_l_11_words_up", "bleu")
 
     def cell(values: dict, metric: str) -> str:
