@@ -123,8 +123,14 @@ def evaluate_set(
     return result
 
 
+FLOORS = {"prompt_copied": "  copied", "another_reference": "  other"}
+
+
 def print_results(results: dict, console: Console) -> None:
-    table = Table(title=f"{results['model']}: Rouge-L and BLEU, {len(results['seeds'])} seeds")
+    table = Table(
+        title=f"{results['model']}: Rouge-L and BLEU, {len(results['seeds'])} seeds",
+        caption="floors: the prompt copied, and another row's reference",
+    )
     table.add_column("set")  # narrow terminals wrap the names, not the numbers
     table.add_column("rows", justify="right", no_wrap=True)
     for column in ("Rouge-L", "1-10 words", "11+ words", "BLEU"):
@@ -143,8 +149,7 @@ def print_results(results: dict, console: Console) -> None:
     for name, scores in results["sets"].items():
         table.add_row(name, str(scores["rows"]), *(cell(scores, m) for m in columns))
         for floor, values in scores["floors"].items():
-            label = f"  floor: {floor.replace('_', ' ')}"
-            table.add_row(label, "", *(cell(values, m) for m in columns), style="dim")
+            table.add_row(FLOORS[floor], "", *(cell(values, m) for m in columns), style="dim")
     console.print(table)
 
 

@@ -96,7 +96,7 @@ def test_the_command_writes_mean_deviation_and_floors(model_dir, capsys):
         assert {"mean", "std", "seeds"} == scores[metric].keys()
     assert scores["floors"].keys() == {"prompt_copied", "another_reference"}
     text = capsys.readouterr().out
-    assert "floor: prompt copied" in text and "±" in text
+    assert "  copied" in text and "  other" in text and "±" in text
     # the noise is keyed by row and seed, so the batch size changes nothing
     assert evaluate(model_dir, "b.json", batch_size=2) == 0
     assert json.loads((model_dir / "b.json").read_text())["sets"] == result["sets"]
