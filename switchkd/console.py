@@ -81,6 +81,6 @@ class GracefulStop(TrainerCallback):
         print("\nstopping after this step and saving; once more to stop at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
+        if self.requested and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
         return control

@@ -30,6 +30,8 @@ from switchkd.models import (
 )
 from switchkd.trainer import SwitchTrainer
 
+CONFIG = "config.yaml"
+
 # Options that may differ between a run and its continuation; any other would change the result.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint",
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     """One training run; returns the exit code."""
-    resume = prepare_output(script, config)
+    resume = check_output(script, config)
     tokenizer, student, teacher_tokenizer, teacher = load_models(script, config)
     train_rows, eval_rows = load_data(script, config, tokenizer)
     for rows in (train_rows, eval_rows):
@@ -81,6 +83,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         teacher_processing_class=teacher_tokenizer,
         peft_config=peft_config(script),
     )
+    if resume is None and config.process_index == 0:
+        begin_output(script, config)
     for note in trainer.vocabulary.notes:
         console.print(f"note: {note}", markup=False)
     sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
@@ -99,7 +103,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
     trainer.start_clock()
     trainer.train(resume_from_checkpoint=resume)
-    if stop.requested:
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         console.print(
             f"stopped at step {trainer.state.global_step}; continue with "
             f"--resume_from_checkpoint last --output_dir {config.output_dir}"
@@ -117,31 +121,42 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     return 0
 
 
-def prepare_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
-    """Check the output folder and write config.yaml; returns the checkpoint to resume from."""
+def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
+    """What a continued run must have in common with its beginning."""
+    values = {**asdict(script), **config.to_dict()}
+    return {k: v for k, v in values.items() if k not in FREE_TO_CHANGE}
+
+
+def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
+    """Clear the folder of a run to overwrite and write config.yaml.
+
+    Only once everything has been loaded: a wrong model name must not cost the run that is there.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for name in (COMPLETIONS, "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    text = yaml.safe_dump(run_settings(script, config), sort_keys=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
+    """Refuse the folder of another run; returns the checkpoint to resume from."""
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    record = folder / "config.yaml"
+    record = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got the file {folder}, expected a folder")
-    values = {**asdict(script), **config.to_dict()}
-    values = {k: v for k, v in values.items() if k not in FREE_TO_CHANGE}
     if wanted in (None, False, "false", "False"):
         config.resume_from_checkpoint = None
-        if config.process_index > 0:  # the first process prepares the folder for all
-            return None
-        taken = record.exists() or any(folder.glob("checkpoint-*"))
+        first = config.process_index == 0  # which writes into the folder while others start
+        taken = first and (record.exists() or any(folder.glob("checkpoint-*")))
         if taken and not config.overwrite_output_dir:
             raise ValueError(
                 f"output_dir: {folder} holds another run; expected a new folder, "
                 "--resume_from_checkpoint last to go on with it, or --overwrite_output_dir true"
             )
-        if taken:
-            for path in folder.glob("checkpoint-*"):
-                shutil.rmtree(path)
-            for name in (COMPLETIONS, "summary.json"):
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")
         return None
     if str(wanted).lower() in ("true", "last"):
         checkpoint = last_checkpoint(folder)
@@ -151,6 +166,7 @@ def prepare_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
         checkpoint = str(wanted)
         check_checkpoint(checkpoint)
     if record.exists():
+        values = run_settings(script, config)
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
         for key in sorted(before.keys() & values.keys()):
             if before[key] != values[key]:

@@ -111,7 +111,7 @@ def test_impossible_values(values, message):
 
 
 def test_unknown_keys_and_flags_suggest_the_right_one(tmp_path):
-    with pytest.raises(ValueError, match="unknown key 'lambda'|unknown key 'lmda'"):
+    with pytest.raises(ValueError, match="unknown key 'lmda'; did you mean lmbda"):
         parse(["--config", write(tmp_path, lmda=0.5)])
     with pytest.raises(
         ValueError, match="unknown key 'max_new_token'; did you mean max_new_tokens"

@@ -205,9 +205,14 @@ def test_bad_input_ends_with_one_line_and_code_1(setup, capsys):
         assert setup.run(name, **changes) == 1
         return " ".join(capsys.readouterr().out.split())
 
-    assert "cannot load the model" in message("a", model_name_or_path=setup.folder / "absent") or (
-        "cannot load the tokenizer"
-    )
+    absent = setup.folder / "absent"
+    assert "cannot load the tokenizer" in message("a", model_name_or_path=absent)
+    assert "cannot load the tokenizer" in message("a", model_name_or_path=absent), "not taken"
+    kept = (setup.folder / "whole" / "completions.jsonl").read_bytes()
+    overwrite = {"model_name_or_path": absent, "overwrite_output_dir": "true"}
+    assert "cannot load the tokenizer" in message("whole", **overwrite)
+    assert (setup.folder / "whole" / "completions.jsonl").read_bytes() == kept
+    assert last_checkpoint(setup.folder / "whole").endswith("checkpoint-8")
     (setup.folder / "cut.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"')
     assert "cut.jsonl: got 1 malformed rows" in message(
         "b", dataset_name=setup.folder / "cut.jsonl"
