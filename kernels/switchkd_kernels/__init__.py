@@ -5,7 +5,8 @@ Teacher first, everywhere. `reference` holds the definitions.
 
 from switchkd_kernels._checks import InvalidLogits
 from switchkd_kernels.linear_divergence_loss import linear_divergence_loss
-from switchkd_kernels.reference import divergence_loss, jsd, sample, switch_select, uniform
+from switchkd_kernels.reference import divergence_loss, jsd, sample, uniform
+from switchkd_kernels.switch_select import switch_select
 
 __all__ = [
     "InvalidLogits",

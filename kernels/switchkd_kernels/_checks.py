@@ -98,6 +98,42 @@ def integers(name: str, value, limit: int, device: torch.device | None = None) -
     return tensor
 
 
+def seed(value: int) -> int:
+    """A seed is 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {value}")
+    return value
+
+
+def per_row(name: str, value, rows: int, device: torch.device, limit: int | None = None) -> Tensor:
+    """One float32, or one int64 below `limit`, a row: (rows,), of stride 0 for a single number.
+
+    Values that are on an accelerator already are not looked at: that would wait for the device.
+    """
+    tensor = torch.as_tensor(value)
+    known = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if limit is None:
+        if known and bool(tensor.isnan().any()):
+            raise ValueError(f"{name} must be a number in every row, got NaN")
+        tensor = tensor.to(device, torch.float32)
+    elif known:
+        tensor = integers(name, tensor, limit).to(device)
+    else:
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+        tensor = tensor.to(device, torch.int64)
+    if tensor.dim() and tensor.shape not in ((rows,), (1,)):
+        raise ValueError(f"{name} must be a number or ({rows},), got {tuple(tensor.shape)}")
+    return tensor.reshape(-1).expand(rows)
+
+
+def unit_stride(logits: Tensor) -> Tensor:
+    """Rows of any stride, each contiguous: a copy only where it is not."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
 class Rows(NamedTuple):
     """The rows of a flattened batch that count: its `shape`, and `kept` indices or None for all."""
 

@@ -27,7 +27,7 @@ def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     64 bits: the low word is right, and so is the high one once the sign bits of the shift are
     masked off. A low word only enters an exclusive or with a mask after it, so it needs none.
     """
-    key0, key1 = _check_seed(seed) & _MASK, seed >> 32
+    key0, key1 = check.seed(seed) & _MASK, seed >> 32
     c0, c1, c2, c3 = (
         word.clone(memory_format=torch.contiguous_format)
         for word in torch.broadcast_tensors(*counter)
@@ -41,14 +41,6 @@ def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
         c0, c1, c2, c3 = c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK), c0
         key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
-
-
-def _check_seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-    return seed
 
 
 def _words(seed, sequence_ids, positions, stream, block, device=None) -> tuple[Tensor, ...]:

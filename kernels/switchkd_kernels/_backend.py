@@ -1,0 +1,75 @@
+"""Which implementation runs an op, and why another cannot."""
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from switchkd_kernels import _tl
+from switchkd_kernels import _checks as check
+
+IMPLS = ("reference", "triton")
+
+
+def triton_refuses(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors; None if they can."""
+    if _tl.UNAVAILABLE:
+        return _tl.UNAVAILABLE
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+        ):
+            return f"its kernels take float32, float16 and bfloat16, got {tensor.dtype}"
+        if tensor is not None and tensor.device.type == "cpu" and not interpreting():
+            return "the tensors are on a CPU, and TRITON_INTERPRET=1 was not set at import"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter: decided when they were defined."""
+    return not _tl.UNAVAILABLE and type(_tl.log1p).__name__ == "InterpretedFunction"
+
+
+def choose(impl: str | None, *tensors: Tensor | None) -> str:
+    """The implementation for these tensors: the one asked for, or the fastest that can run.
+
+    Raises ValueError for tensors on several devices, RuntimeError for an explicit choice that
+    cannot run, with the reason.
+    """
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors must be on one device, got {', '.join(sorted(devices))}")
+    check.one_of("impl", impl, (None, *IMPLS))
+    if impl == "reference":
+        return impl
+    reason = triton_refuses(*tensors)
+    if impl is None:
+        on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
+        return "reference" if reason or on_cpu else "triton"
+    if reason:
+        raise RuntimeError(f"impl {impl!r} cannot run: {reason}")
+    return impl
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a kernel the device runs side by side, at the least."""
+    if device.type == "cpu":  # the interpreter
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 64)
+
+
+def on(device: torch.device):
+    """Makes `device` the current one for a launch, which Triton does not do by itself."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits as a signed integer, which is what a kernel or an op takes."""
+    return seed - 2**64 if seed >= 2**63 else seed

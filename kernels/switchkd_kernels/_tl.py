@@ -1,0 +1,184 @@
+"""Triton and the device functions that the kernels share: noise, softmax, mathematics of a pair.
+
+The Triton twin of noise.py and rowwise.py. Where Triton is not installed a stand-in lets the kernels
+be defined, never run. Float32 throughout; formulas and notation (p, q, d) as in rowwise.py.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+
+    UNAVAILABLE = None
+except Exception as error:  # a broken installation must not take the reference with it
+    UNAVAILABLE = f"triton cannot be imported: {error}"
+
+    class _StandIn:
+        constexpr = int64 = int
+
+        @staticmethod
+        def jit(function):
+            return function
+
+    triton = tl = _StandIn
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1 and to one or two roundings: log(w) + (x - (w - 1)), w = 1 + x rounded.
+
+    The correction, what rounding took from x, is exact; it matters where w is near 1, and there its
+    division by w does not.
+    """
+    w = 1.0 + x
+    return tl.log(w) + (x - (w - 1.0))
+
+
+@triton.jit
+def exp_tail(x):
+    """(e^x - 1 - x) / (x^2 / 2) = 1 + x/3 + x^2/12 + ... for |x| < 1/2."""
+    s = 1.0 + x * (1.0 / 9)
+    s = 1.0 + x * (1.0 / 8) * s
+    s = 1.0 + x * (1.0 / 7) * s
+    s = 1.0 + x * (1.0 / 6) * s
+    s = 1.0 + x * (1.0 / 5) * s
+    s = 1.0 + x * (1.0 / 4) * s
+    return 1.0 + x * (1.0 / 3) * s
+
+
+@triton.jit
+def expm1(x):
+    return tl.where(tl.abs(x) < 0.5, x + 0.5 * x * x * exp_tail(x), tl.exp(x) - 1.0)
+
+
+# ------------------------------------------------------------------------------- noise
+
+
+@triton.jit
+def noise_words(seed, first, counter, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Philox words of tokens first .. first + BLOCK - 1, first divisible by 4: four (BLOCK // 4,)
+    uint32, the k-th for tokens first + 4 i + k. Key and counter as in noise.py; `counter` is
+    (position, sequence id)."""
+    position, sequence = counter
+    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = block * 0
+    high = ((sequence >> 32) | (STREAM << 24)).to(tl.uint32)
+    return tl.philox(
+        seed, block, position.to(tl.uint32) + zero, sequence.to(tl.uint32) + zero, high + zero
+    )
+
+
+@triton.jit
+def gumbel_of(word):
+    """-log(-log1p(-u)), u = min((float32(word) + 1/2) 2^-32, 1 - 2^-24); falls as word rises."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
+    return -tl.log(-log1p(-u))
+
+
+def with_inverse(temperature: float) -> tuple[float, float]:
+    return temperature, 1 / temperature if temperature else 0.0
+
+
+@triton.jit
+def tempered(z, temperature):
+    """z / T rounded once; `temperature` is (T, 1 / T rounded). Markstein's division (1990): the
+    instruction that rounds so is a subroutine with a slow path, for every entry."""
+    T, inverse = temperature
+    quotient = z * inverse
+    exact = tl.fma(tl.fma(-quotient, T, z), inverse, quotient)
+    return tl.where(exact == exact, exact, quotient)  # -inf stays
+
+
+@triton.jit
+def in_order(w0, w1, w2, w3):
+    """Four (N,) tensors to (4 N,): element 4 i + k is the i-th of the k-th."""
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+# ------------------------------------------------------------------------------- softmax
+
+
+@triton.jit
+def load_logits(row_ptr, cols, end, fill, MASKED: tl.constexpr):
+    """Logits of `cols` in float32; `fill` from `end` on. Blocks that lie inside pass MASKED False:
+    a mask whose bound is not a multiple of 16 would keep the loads from being 16 bytes wide."""
+    if MASKED:
+        z = tl.load(row_ptr + cols, mask=cols < end, other=fill)
+    else:
+        z = tl.load(row_ptr + cols)
+    return z.to(tl.float32)
+
+
+@triton.jit
+def softmax_step(z, block_top, row):
+    """(maximum, sum of e^(z - maximum), ...) of a row after one more block, whose maximum is given;
+    the rest of the tuple stays.
+
+    A row that defines no distribution ends with a sum that is NaN (it holds a NaN or +inf) or 0
+    (all -inf): `is_distribution` tells.
+    """
+    top = tl.maximum(row[0], block_top)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = row[1] * tl.exp(row[0] - shift) + tl.sum(tl.exp(z - shift), 0)
+    return (top, total) + row[2:]
+
+
+@triton.jit
+def is_distribution(total):
+    return (total > 0.0) & (total < float("inf"))
+
+
+@triton.jit
+def compare(zt, zs, t_top, t_total, s_top, s_total):
+    """(p, q, d, e): probabilities, d = log q - log p (0 where both vanish), e = e^-|d|.
+
+    The larger of p and q by one exponential, the smaller as its product with e. d is the difference
+    of the logits less that of the log-sum-exps, which errs by about one rounding.
+    """
+    d = (zs - zt) - ((s_top - t_top) + tl.log(s_total / t_total))
+    d = tl.where(d == d, d, 0.0)  # -inf in both rows
+    e = tl.exp(-tl.abs(d))
+    q_leads = d > 0.0
+    larger = tl.exp(tl.where(q_leads, zs - s_top, zt - t_top))
+    larger *= tl.where(q_leads, 1.0 / s_total, 1.0 / t_total)
+    return tl.where(q_leads, larger * e, larger), tl.where(q_leads, larger, larger * e), d, e
+
+
+# ------------------------------------------------------------------------------- divergences
+
+
+@triton.jit
+def jsd_terms(p, q, d, e):
+    """m h(tanh(d / 2)) with m = (p + q) / 2 and h(tanh s) = s tanh s - log cosh s, even in d.
+
+    |d| < 1/2: series in s^2. Else, with x = max(p, q) and e = e^-|d|, the same terms gathered:
+    x / 2 [(1 + e) (ln 2 - log1p(e)) - |d| e], which loses less than a digit there. For e <= e^-1/2
+    log1p(e) = 2 atanh(t), t = e / (2 + e), is a short series; a library logarithm costs thrice.
+    """
+    s2 = 0.25 * d * d
+    near = 0.5 + s2 * (-0.25 + s2 * (1.0 / 9 + s2 * (-17.0 / 360 + s2 * (31.0 / 1575))))
+    near *= s2 * (p + q) * 0.5
+    t = e / (2.0 + e)
+    t2 = t * t
+    log = 2.0 + t2 * (2.0 / 3 + t2 * (2.0 / 5 + t2 * (2.0 / 7 + t2 * (2.0 / 9 + t2 * (2.0 / 11)))))
+    far = (1.0 + e) * (0.6931471805599453 - t * log)
+    far -= tl.minimum(tl.abs(d), 100.0) * e  # not inf * 0
+    return tl.where(s2 < 0.0625, near, 0.5 * tl.maximum(p, q) * far)
+
+
+@triton.jit
+def kl_terms(x, y, e):
+    """Terms y - x - x e >= 0 of KL(x||y), e = log y - log x; a series near e = 0."""
+    near = 0.5 * x * e * e * exp_tail(e)
+    terms = tl.where(tl.abs(e) < 0.5, near, y - x - x * e)
+    return tl.where(x > 0.0, terms, y)
+
+
+@triton.jit
+def log_mix(d, e, weight):
+    """log(w + (1 - w) e^d) = log1p((1 - w) (e^d - 1)) = d + log1p(w (e^-d - 1)), 0 < w < 1.
+
+    With e = e^-|d|. The first form never cancels, the second never overflows.
+    """
+    large = d > 1.0
+    x = tl.where(large, weight * (e - 1.0), (1.0 - weight) * expm1(tl.minimum(d, 1.0)))
+    return log1p(x) + tl.where(large, d, 0.0)

@@ -1,0 +1,419 @@
+"""Softmax, divergence, threshold and token of two models in one fused pass over both rows.
+
+    d = JSD(softmax(z_t), softmax(z_s))      writer = teacher if d > threshold else student
+    token = argmax_v(z_writer / T_writer + G(seed, sequence id, position, v))
+
+A first sweep over the vocabulary leaves, for either model, maximum, sum of exponentials and the
+largest perturbed logit; a second one, served by the cache as far as the rows fit, the divergence.
+"""
+
+import torch
+from torch import Tensor
+
+from switchkd_kernels import _backend as backend
+from switchkd_kernels import _checks as check
+from switchkd_kernels import reference
+from switchkd_kernels._tl import (
+    compare,
+    gumbel_of,
+    in_order,
+    is_distribution,
+    jsd_terms,
+    kl_terms,
+    load_logits,
+    noise_words,
+    softmax_step,
+    tempered,
+    tl,
+    triton,
+    with_inverse,
+)
+from switchkd_kernels.noise import STREAM_REDRAW, STREAM_TOKEN
+from switchkd_kernels.reference import SwitchSelection
+
+KNOWN, GREEDY, NOISE = 0, 1, 2  # how a model's token is found
+
+# Launch parameters; benchmarks/sweep_kernels.py measures them. Blocks of 4096 with 8 warps keep 16
+# logits of either row in a thread's registers; wider ones spill or halve the occupancy, which is
+# what holds published two-row kernels at a seventh of the bandwidth. Rows are split until every
+# multiprocessor has four programs, so that one loads while another reduces.
+BLOCK, WARPS, PROGRAMS_PER_PROCESSOR = 4096, 8, 4
+
+
+@triton.jit
+def _argmax_step(y, first, row):
+    top, total, best, token = row
+    value, index = tl.max(y, 0, return_indices=True)
+    better = value > best  # not >=: of equal values the first wins, as torch.argmax has it
+    return top, total, tl.where(better, value, best), tl.where(better, first + index, token)
+
+
+@triton.jit
+def _noisy_step(z, block_top, temperature, first, words, row):
+    """Evaluates the noise (two logarithms an entry) only in a block that could win: Gumbel noise
+    falls as its word rises, so maximum logit and least word bound every perturbed logit. The margin
+    covers a logarithm that is not monotone in its last bits."""
+    w0, w1, w2, w3 = words
+    least = tl.min(tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)), 0)
+    if tempered(block_top, temperature) + (gumbel_of(least) + 1e-4) > row[2]:
+        y = tempered(z, temperature) + gumbel_of(in_order(w0, w1, w2, w3))
+        row = _argmax_step(y, first, row)
+    return row
+
+
+@triton.jit
+def _scan_block(
+    pair, first, end, teacher, student, seed, counter, teacher_temperature, student_temperature,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    cols = first + tl.arange(0, BLOCK)
+    zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
+    zs = load_logits(pair[1], cols, end, float("-inf"), MASKED)
+    t_top, s_top = tl.max(zt, 0), tl.max(zs, 0)
+    teacher = softmax_step(zt, t_top, teacher)
+    student = softmax_step(zs, s_top, student)
+    if DRAW_T == 1:
+        if t_top > teacher[2]:
+            teacher = _argmax_step(zt, first, teacher)
+    if DRAW_S == 1:
+        if s_top > student[2]:
+            student = _argmax_step(zs, first, student)
+    if (DRAW_S == 2) or (DRAW_T == 2):
+        stream: tl.constexpr = S_STREAM if DRAW_S == 2 else T_STREAM
+        words = noise_words(seed, first, counter, stream, BLOCK)
+        if DRAW_S == 2:
+            student = _noisy_step(zs, s_top, student_temperature, first, words, student)
+        if DRAW_T == 2:
+            if stream != T_STREAM:
+                words = noise_words(seed, first, counter, T_STREAM, BLOCK)
+            teacher = _noisy_step(zt, t_top, teacher_temperature, first, words, teacher)
+    return teacher, student
+
+
+@triton.jit
+def _scan(
+    pair, start, end, seed, counter, teacher_temperature, student_temperature,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
+    logit, its token) of either model."""
+    teacher = float("-inf"), 0.0, float("-inf"), start * 0
+    student = float("-inf"), 0.0, float("-inf"), start * 0
+    whole = start + (end - start) // BLOCK * BLOCK
+    for first in tl.range(start, whole, BLOCK):
+        teacher, student = _scan_block(
+            pair, first, end, teacher, student, seed, counter,
+            teacher_temperature, student_temperature,
+            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, False,
+        )  # fmt: skip
+    if whole < end:
+        teacher, student = _scan_block(
+            pair, whole, end, teacher, student, seed, counter,
+            teacher_temperature, student_temperature,
+            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, True,
+        )  # fmt: skip
+    return teacher, student
+
+
+@triton.jit
+def _measure_block(
+    pair, first, end, teacher, student, rival,
+    METRIC: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    cols = first + tl.arange(0, BLOCK)
+    zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
+    if METRIC == "rank":
+        return (zt > rival).to(tl.float32)
+    zs = load_logits(pair[1], cols, end, float("-inf"), MASKED)
+    p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
+    if METRIC == "kl":
+        return kl_terms(p, q, d)
+    return jsd_terms(p, q, d, e)
+
+
+@triton.jit
+def _measure(
+    pair, start, end, teacher, student, rival, METRIC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Second sweep, over columns [start, end): the divergence in nats, or the teacher's rank of a
+    token whose logit is `rival`."""
+    terms = tl.zeros((BLOCK,), tl.float32)
+    whole = start + (end - start) // BLOCK * BLOCK
+    for first in tl.range(start, whole, BLOCK):
+        terms += _measure_block(pair, first, end, teacher, student, rival, METRIC, BLOCK, False)
+    if whole < end:
+        terms += _measure_block(pair, whole, end, teacher, student, rival, METRIC, BLOCK, True)
+    return tl.sum(terms, 0)
+
+
+@triton.jit
+def _combine(partial_ptr, token_ptr, row, rows, splits, SPLITS: tl.constexpr):
+    """What `_scan` would return for one model and all of a row, from its slices."""
+    each = tl.arange(0, SPLITS)
+    place, inside = row * splits + each, each < splits
+    step = rows * splits
+    tops = tl.load(partial_ptr + place, mask=inside, other=float("-inf"))
+    totals = tl.load(partial_ptr + step + place, mask=inside, other=0.0)
+    bests = tl.load(partial_ptr + 2 * step + place, mask=inside, other=float("-inf"))
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
+    best, index = tl.max(bests, 0, return_indices=True)
+    return top, total, best, tl.load(token_ptr + row * splits + index)
+
+
+@triton.jit
+def _store_partial(partial_ptr, token_ptr, place, step, model):
+    tl.store(partial_ptr + place, model[0])
+    tl.store(partial_ptr + step + place, model[1])
+    tl.store(partial_ptr + 2 * step + place, model[2])
+    tl.store(token_ptr + place, model[3])
+
+
+@triton.jit
+def _known(token_ptr, V, model):
+    """`model` with a given token. A token out of range makes the total NaN, which flags the row."""
+    token = tl.load(token_ptr)
+    inside = (token >= 0) & (token < V)
+    total = tl.where(inside, model[1], float("nan"))
+    return model[0], total, model[2], tl.where(inside, token, 0).to(tl.int32)
+
+
+@triton.jit
+def _decide(
+    pair, row, divergence, threshold, teacher, student, token_ptr, writer_ptr, value_ptr, rows,
+    METRIC: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    if METRIC == "kl":
+        divergence = tl.minimum(divergence, 50.0)
+    if METRIC == "jsd":  # rounding does not lift disjoint rows over one bit
+        divergence = tl.minimum(divergence, 0.6931471805599453)
+        if BITS:
+            divergence = tl.minimum(divergence * 1.4426950408889634, 1.0)
+    valid = is_distribution(teacher[1]) & is_distribution(student[1])
+    from_teacher = (divergence > threshold) & valid
+    token = tl.where(valid, tl.where(from_teacher, teacher[3], student[3]), 0)
+    log_p = (tl.load(pair[0] + token).to(tl.float32) - teacher[0]) - tl.log(teacher[1])
+    log_q = (tl.load(pair[1] + token).to(tl.float32) - student[0]) - tl.log(student[1])
+    tl.store(token_ptr + row, tl.where(valid, token, -1).to(tl.int64))
+    tl.store(writer_ptr + row, from_teacher.to(tl.uint8))
+    tl.store(value_ptr + row, tl.where(valid, divergence, float("nan")))
+    tl.store(value_ptr + rows + row, tl.where(valid, log_p, float("nan")))
+    tl.store(value_ptr + 2 * rows + row, tl.where(valid, log_q, float("nan")))
+
+
+@triton.jit
+def _switch_select_kernel(
+    teacher_ptr, student_ptr, threshold_ptr, id_ptr, position_ptr,  # in
+    teacher_token_ptr, student_token_ptr,
+    token_ptr, writer_ptr, value_ptr,  # out
+    partial_ptr, partial_token_ptr, measured_ptr, arrived_ptr,  # between the launches of a split
+    rows, V, slice_size, splits,  # shapes
+    stride_t, stride_s, stride_threshold, stride_id, stride_position, stride_tt, stride_st,
+    seed: tl.int64,
+    teacher_temperature, teacher_inverse, student_temperature, student_inverse,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, METRIC: tl.constexpr, BITS: tl.constexpr,
+    T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
+    PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """PHASE "row": a program decides a row. Else one has a slice of it, "scan" and then "decide",
+    where the last program of a row to arrive adds up and writes."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
+    start = split * slice_size
+    end = tl.minimum(start + slice_size, V)
+    place, step = row * splits + split, rows * splits
+    if PHASE != "decide":
+        counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
+        teacher, student = _scan(
+            pair, start, end, seed, counter,
+            (teacher_temperature, teacher_inverse), (student_temperature, student_inverse),
+            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK,
+        )  # fmt: skip
+    if PHASE == "scan":
+        _store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
+        _store_partial(partial_ptr + 3 * step, partial_token_ptr + step, place, step, student)
+        tl.store(arrived_ptr + row, 0)  # every slice's program stores the same
+    else:
+        if PHASE == "decide":
+            teacher = _combine(partial_ptr, partial_token_ptr, row, rows, splits, SPLITS)
+            student = _combine(
+                partial_ptr + 3 * step, partial_token_ptr + step, row, rows, splits, SPLITS
+            )
+        if DRAW_T == 0:
+            teacher = _known(teacher_token_ptr + row * stride_tt, V, teacher)
+        if DRAW_S == 0:
+            student = _known(student_token_ptr + row * stride_st, V, student)
+        rival = tl.load(pair[0] + student[3]).to(tl.float32)
+        divergence = _measure(pair, start, end, teacher, student, rival, METRIC, BLOCK)
+        last = True
+        if PHASE == "decide":
+            tl.store(measured_ptr + place, divergence)
+            tl.debug_barrier()  # the store above, by any thread, comes before the arrival
+            last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == splits - 1
+            if last:
+                each = tl.arange(0, SPLITS)
+                parts = measured_ptr + row * splits + each
+                # .cg: past the first-level cache, which may hold what was there before
+                parts = tl.load(parts, mask=each < splits, other=0.0, cache_modifier=".cg")
+                divergence = tl.sum(parts, 0)
+        if last:
+            threshold = tl.load(threshold_ptr + row * stride_threshold)
+            _decide(
+                pair, row, divergence, threshold, teacher, student,
+                token_ptr, writer_ptr, value_ptr, rows, METRIC, BITS,
+            )  # fmt: skip
+
+
+def _splits(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Programs a row: enough to fill the device, at most one a block."""
+    wanted = PROGRAMS_PER_PROCESSOR * backend.multiprocessors(device)
+    return max(1, min(wanted // max(rows, 1), triton.cdiv(vocab_size, BLOCK), 128))
+
+
+def _launch(
+    teacher, student, threshold, ids, positions, teacher_token, student_token,
+    seed, teacher_temperature, student_temperature, metric, bits, vocab_size, splits=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rows, device = teacher.shape[0], teacher.device
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    writer = torch.empty(rows, dtype=torch.uint8, device=device)
+    values = torch.empty(3, rows, dtype=torch.float32, device=device)
+    slice_size = triton.cdiv(vocab_size, BLOCK)
+    slice_size = triton.cdiv(slice_size, splits or _splits(rows, vocab_size, device)) * BLOCK
+    splits = triton.cdiv(vocab_size, slice_size)
+    partial = partial_token = measured = arrived = values  # not touched unless split
+    if splits > 1:
+        partial = torch.empty(6, rows, splits, dtype=torch.float32, device=device)
+        partial_token = torch.empty(2, rows, splits, dtype=torch.int32, device=device)
+        measured = torch.empty(rows, splits, dtype=torch.float32, device=device)
+        arrived = torch.empty(rows, dtype=torch.int32, device=device)
+
+    def draw(known: Tensor | None, temperature: float) -> int:
+        return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
+
+    draws = draw(teacher_token, teacher_temperature), draw(student_token, student_temperature)
+    teacher_token = ids if teacher_token is None else teacher_token
+    student_token = ids if student_token is None else student_token
+    with backend.on(device):
+        for phase in ("row",) if splits == 1 else ("scan", "decide"):
+            _switch_select_kernel[(rows, splits)](
+                teacher, student, threshold, ids, positions, teacher_token, student_token,
+                token, writer, values, partial, partial_token, measured, arrived,
+                rows, vocab_size, slice_size, splits,
+                teacher.stride(0), student.stride(0), threshold.stride(0), ids.stride(0),
+                positions.stride(0), teacher_token.stride(0), student_token.stride(0),
+                seed, *with_inverse(teacher_temperature), *with_inverse(student_temperature),
+                *draws, metric, bits,
+                T_STREAM=STREAM_REDRAW if metric == "rank" else STREAM_TOKEN,
+                S_STREAM=STREAM_TOKEN,
+                PHASE=phase, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+    return token, writer.view(torch.bool), *values
+
+
+@torch.library.custom_op("switchkd::switch_select", mutates_args=())
+def _op(
+    teacher: Tensor, student: Tensor, threshold: Tensor, ids: Tensor, positions: Tensor,
+    teacher_token: Tensor | None, student_token: Tensor | None,
+    seed: int, teacher_temperature: float, student_temperature: float,
+    metric: str, bits: bool, vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
+    args = (teacher, student, threshold, ids, positions, teacher_token, student_token)
+    if backend.choose(None, teacher, student) == "triton":
+        return _launch(
+            *args, seed, teacher_temperature, student_temperature, metric, bits, vocab_size
+        )
+    return tuple(
+        reference.switch_select(
+            teacher, student, threshold, seed=seed % 2**64, sequence_ids=ids, positions=positions,
+            teacher_temperature=teacher_temperature, student_temperature=student_temperature,
+            metric=metric, base=2 if bits else "e", teacher_token=teacher_token,
+            student_token=student_token, vocab_size=vocab_size,
+        )
+    )  # fmt: skip
+
+
+@_op.register_fake
+def _(teacher, student, *args):
+    rows = teacher.shape[0]
+    value = teacher.new_empty(rows, dtype=check.compute_dtype(teacher, student))
+    token = teacher.new_empty(rows, dtype=torch.int64)
+    writer = teacher.new_empty(rows, dtype=torch.bool)
+    return token, writer, value, torch.empty_like(value), torch.empty_like(value)
+
+
+def switch_select(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    threshold: Tensor | float,
+    *,
+    seed: int,
+    sequence_ids: Tensor | int | list[int],
+    positions: Tensor | int | list[int],
+    teacher_temperature: float = 1.0,
+    student_temperature: float = 1.0,
+    metric: str = "jsd",
+    base: int | str = 2,
+    teacher_token: Tensor | None = None,
+    student_token: Tensor | None = None,
+    vocab_size: int | None = None,
+    impl: str | None = None,
+) -> SwitchSelection:
+    """Decide for M positions which model writes, and the token it writes.
+
+    The teacher writes iff divergence > threshold, (M,) or a number, +-inf allowed; equality is the
+    student's (SWITCH, arXiv 2410.19503, Algorithm 1). The divergence compares the full softmax of
+    (M, Vt) `teacher_logits` and (M, Vs) `student_logits` over the shared vocabulary, untempered:
+    "jsd" in units of `base` (2 or "e"), "kl" = KL(p||q) in nats cut at 50 (AdaSwitch, arXiv
+    2510.07842), or "rank", the number of tokens that the teacher likes strictly better than the
+    student's draw (SKD, arXiv 2410.11325: kept iff rank <= K - 1).
+    Both draws are argmax(z / T + G) with one G, so each marginal is exact and the token does not
+    depend on which model was run first. Rank alone looks at a drawn token: a token refused by rank
+    says something about G, so the teacher's redraw takes noise of its own (STREAM_REDRAW).
+    `teacher_token`, `student_token` (M,) replace that model's draw, e.g. by one from `sample`, and
+    save its noise. `sequence_ids`, `positions`: (M,) integers or one integer. impl: None (Triton
+    for float32, float16 and bfloat16 on a GPU, else reference), "triton" or "reference".
+    Raises ValueError and TypeError, and InvalidLogits (with model and row) in the reference. On a
+    GPU nothing waits for the device: a row of logits that defines no distribution, or a known token
+    out of range, comes back as token -1 with NaN; ids, positions and NaN thresholds that are
+    already on the device are not checked. Rows may have any stride.
+    """
+    if teacher_logits.dim() != 2 or teacher_logits.shape[:1] != student_logits.shape[:-1]:
+        raise ValueError(
+            "teacher_logits and student_logits must be (rows, vocabulary) with equal rows, got "
+            f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
+        )
+    chosen = backend.choose(impl, teacher_logits, student_logits)
+    if chosen == "reference" and not torch.compiler.is_compiling():
+        return reference.switch_select(
+            teacher_logits, student_logits, threshold, seed=seed, sequence_ids=sequence_ids,
+            positions=positions, teacher_temperature=teacher_temperature,
+            student_temperature=student_temperature, metric=metric, base=base,
+            teacher_token=teacher_token, student_token=student_token, vocab_size=vocab_size,
+        )  # fmt: skip
+    check.one_of("metric", metric, ("jsd", "kl", "rank"))
+    check.one_of("base", base, (2, "e"))
+    check.compute_dtype(teacher_logits, student_logits)
+    rows, device = teacher_logits.shape[0], teacher_logits.device
+    size = check.shared_vocab(teacher_logits.shape[-1], student_logits.shape[-1], vocab_size)
+    tokens = [
+        None if token is None else check.per_row(name, token, rows, device, limit=size)
+        for name, token in (("teacher_token", teacher_token), ("student_token", student_token))
+    ]
+    args = (
+        check.unit_stride(teacher_logits),
+        check.unit_stride(student_logits),
+        check.per_row("threshold", threshold, rows, device),
+        check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
+        check.per_row("positions", positions, rows, device, limit=2**32),
+        *tokens,
+        backend.signed(check.seed(seed)),
+        check.temperature("teacher_temperature", teacher_temperature),
+        check.temperature("student_temperature", student_temperature),
+        metric, base == 2, size,
+    )  # fmt: skip
+    return SwitchSelection(*(_op if torch.compiler.is_compiling() else _launch)(*args))
