@@ -6,8 +6,8 @@ import functools
 import torch
 from torch import Tensor
 
-from switchkd_kernels import _tl
 from switchkd_kernels import _checks as check
+from switchkd_kernels import _tl
 
 IMPLS = ("reference", "triton")
 

@@ -1,7 +1,7 @@
 """Triton and the device functions that the kernels share: noise, softmax, mathematics of a pair.
 
-The Triton twin of noise.py and rowwise.py. Where Triton is not installed a stand-in lets the kernels
-be defined, never run. Float32 throughout; formulas and notation (p, q, d) as in rowwise.py.
+The Triton twin of noise.py and rowwise.py. Where Triton is not installed a stand-in lets kernels be
+defined, never run. Float32 throughout; formulas and notation (p, q, d) as in rowwise.py.
 """
 
 try:

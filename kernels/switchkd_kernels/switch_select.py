@@ -134,9 +134,7 @@ def _measure_block(
 
 
 @triton.jit
-def _measure(
-    pair, start, end, teacher, student, rival, METRIC: tl.constexpr, BLOCK: tl.constexpr
-):
+def _measure(pair, start, end, teacher, student, rival, METRIC: tl.constexpr, BLOCK: tl.constexpr):
     """Second sweep, over columns [start, end): the divergence in nats, or the teacher's rank of a
     token whose logit is `rival`."""
     terms = tl.zeros((BLOCK,), tl.float32)
