@@ -1,11 +1,13 @@
-"""Kernels for distilling one language model into another; needs nothing but torch.
+"""Kernels for distilling one language model into another; needs torch, and Triton for speed.
 
 Teacher first, everywhere. `reference` holds the definitions.
 """
 
 from switchkd_kernels._checks import InvalidLogits
+from switchkd_kernels.divergence_loss import divergence_loss, jsd
 from switchkd_kernels.linear_divergence_loss import linear_divergence_loss
-from switchkd_kernels.reference import divergence_loss, jsd, sample, uniform
+from switchkd_kernels.noise import uniform
+from switchkd_kernels.reference import sample
 from switchkd_kernels.switch_select import switch_select
 
 __all__ = [

@@ -155,13 +155,20 @@ class Rows(NamedTuple):
         return values.sum() / (max(values.numel(), 1) if reduction == "mean" else 1)
 
 
+def flat_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The mask as a flat bool tensor; its values are looked at only if it is of another dtype."""
+    if mask is None:
+        return None
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must be bool or hold only 0 and 1, got other values")
+    return mask.reshape(-1).to(torch.bool)
+
+
 def rows_of(shape: torch.Size, mask: Tensor | None, reduction: str) -> Rows:
     """Check mask and reduction. `mask` is bool, or 0 and 1 in any dtype, of the batch's shape."""
     one_of("reduction", reduction, ("none", "sum", "mean"))
-    if mask is None:
-        return Rows(shape, None)
-    if mask.shape != shape:
-        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("mask must be bool or hold only 0 and 1, got other values")
-    return Rows(shape, mask.reshape(-1).nonzero().squeeze(1))
+    mask = flat_mask(mask, shape)
+    return Rows(shape, None if mask is None else mask.nonzero().squeeze(1))

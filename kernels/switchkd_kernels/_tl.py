@@ -109,6 +109,32 @@ def load_logits(row_ptr, cols, end, fill, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_pair(pair, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
+    """(teacher, student) logits of `cols`, -inf from `end` on. pair: the two row pointers; where
+    HEAD is not 0 they point at h W^T, and two bias pointers, a scale and a cap follow:
+    z = cap tanh(scale (h W^T + b) / cap). HEAD is a sum of the flags below."""
+    zs = _head_logits(pair, 1, cols, end, HEAD, MASKED)
+    if HEAD & 16:  # no teacher
+        return zs, zs
+    return _head_logits(pair, 0, cols, end, HEAD, MASKED), zs
+
+
+@triton.jit
+def _head_logits(pair, SIDE: tl.constexpr, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
+    z = load_logits(pair[SIDE], cols, end, float("-inf"), MASKED)
+    if HEAD & (1 << SIDE):  # teacher_bias 1, student_bias 2
+        z += load_logits(pair[2 + SIDE], cols, end, 0.0, MASKED)
+    if HEAD & 4:  # scale
+        z *= pair[4]
+    if HEAD & 8:  # cap, and masked entries back to -inf
+        t = expm1(-2.0 * tl.abs(z / pair[5]))
+        z = pair[5] * tl.where(z < 0.0, t, -t) / (2.0 + t)
+        if MASKED:
+            z = tl.where(cols < end, z, float("-inf"))
+    return z
+
+
+@triton.jit
 def softmax_step(z, block_top, row):
     """(maximum, sum of e^(z - maximum), ...) of a row after one more block, whose maximum is given;
     the rest of the tuple stays.
@@ -182,3 +208,46 @@ def log_mix(d, e, weight):
     large = d > 1.0
     x = tl.where(large, weight * (e - 1.0), (1.0 - weight) * expm1(tl.minimum(d, 1.0)))
     return log1p(x) + tl.where(large, d, 0.0)
+
+
+@triton.jit
+def difference(p, q, d):
+    """q - p, without cancellation where they are near."""
+    near = tl.abs(d) < 0.5
+    small = tl.where(near, d, 0.0)
+    return tl.where(near, p * (small + 0.5 * small * small * exp_tail(small)), q - p)
+
+
+@triton.jit
+def divergence_terms(p, q, d, e, weight, KIND: tl.constexpr, DETACH: tl.constexpr):
+    """Terms of rowwise.values, and u = q dL/dq of rowwise.gradients: dL/dz = u - q sum u.
+
+    The two share their logarithms. For KL(p||q) u is q - p and stands for the gradient itself.
+    """
+    if KIND == "cross_entropy":  # no teacher, and its own terms are added elsewhere
+        return p * 0.0, p * 0.0
+    elif KIND == "kl_teacher_student":
+        return kl_terms(p, q, d), difference(p, q, d)
+    elif KIND == "kl_student_teacher":
+        return kl_terms(q, p, -d), tl.where(q > 0.0, q * d, 0.0)
+    elif KIND == "tvd":
+        sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
+        return 0.5 * tl.abs(difference(p, q, d)), q * sign
+    elif KIND == "skew_kl":
+        mix = log_mix(d, e, weight)  # log m / p
+        u = (weight - 1.0) * q * expm1(-mix)
+        return kl_terms(p, weight * p + (1.0 - weight) * q, mix), u
+    elif KIND == "skew_reverse_kl":
+        mix = log_mix(-d, e, weight)  # log m / q
+        u = mix if DETACH else mix + weight * expm1(-mix)
+        value = kl_terms(q, (1.0 - weight) * p + weight * q, mix)
+        return value, tl.where(q > 0.0, -q * u, 0.0)
+    elif KIND == "jsd":
+        return jsd_terms(p, q, d, e), tl.where(q > 0.0, -0.5 * q * log_mix(-d, e, 0.5), 0.0)
+    else:
+        tl.static_assert(KIND == "generalized_jsd")
+        m, mix = weight * p + (1.0 - weight) * q, log_mix(-d, e, 1.0 - weight)
+        value = weight * kl_terms(p, m, log_mix(d, e, weight)) + (1.0 - weight) * kl_terms(
+            q, m, mix
+        )
+        return value, tl.where(q > 0.0, (weight - 1.0) * q * mix, 0.0)

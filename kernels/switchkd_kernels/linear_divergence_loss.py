@@ -1,137 +1,181 @@
-"""Divergence between two language-model heads from their hidden states, a few rows at a time.
+"""Divergence between two language-model heads from their hidden states, a chunk of rows at a time.
+
+    z = c tanh(s (h W^T + b) / c)      dh = (dL / d h W^T) W      dW = (dL / d h W^T)^T h
 
 The loss of N tokens needs the logits (N, V) of two models, their softmax and their gradient: for
 V = 150,000 that is more memory than the models. Here a chunk of rows is projected, compared and
 turned into gradients of the student's hidden states and head before the next chunk is looked at:
-four matrix products (teacher's and student's logits, d hidden, d weight; three for a frozen head).
+four matrix products (teacher's and student's logits, d hidden, d weight; three for a frozen head),
+and between them one kernel that overwrites the student's logits by their gradient.
 """
-
-from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels.rowwise import Form, compare, form_of, gradients, values
+from switchkd_kernels._head_chunk import Options, launch, plain
+from switchkd_kernels.rowwise import Form, form_of
 
-CHUNK_BYTES = 64 * 2**20  # of one model's logits in float32
-
-
-class _Options(NamedTuple):
-    form: Form | None  # None: the cross-entropy alone
-    vocab_size: int
-    logit_scale: float
-    softcap: float | None
-    ce_weight: float
-    chunk_size: int
-    rows: Tensor  # the caller's index of each row, for errors
+# Bytes of one model's logits in work. In plain torch some ten float32 tensors of a chunk live at
+# once, so a chunk is small. The kernel needs the two logits and nothing else, and each chunk costs
+# a pass over the float32 gradient of the head, so chunks are large: 2200 rows of 151936 in bf16.
+CHUNK_BYTES = {"reference": 64 * 2**20, "triton": 640 * 2**20}
 
 
-class _Head(NamedTuple):
-    """One model's last layer: hidden (N, H), weight (V, H) and bias (V,) or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def logits(self, rows: slice, options: _Options, dtype: torch.dtype) -> Tensor:
-        """softcap tanh(s (h W^T + b) / softcap): the product in the inputs' dtype, then `dtype`."""
-        z = (self.hidden[rows] @ self.weight.t()).to(dtype)
-        if self.bias is not None:
-            z = z.add_(self.bias)
-        if options.logit_scale != 1:
-            z = z.mul_(options.logit_scale)
-        if options.softcap is not None:
-            z = z.div_(options.softcap).tanh_().mul_(options.softcap)
-        return z
+def _product(hidden: Tensor, weight: Tensor, vocab_size: int, aligned: bool) -> Tensor:
+    """(n, V) = hidden weight^T. Aligned: rows 64 entries apart or a multiple, so that a kernel
+    loads 16 bytes at once for an odd vocabulary, too."""
+    if not aligned:
+        return hidden @ weight[:vocab_size].t()
+    width = -(-vocab_size // 64) * 64
+    out = hidden.new_empty(hidden.shape[0], width)[:, :vocab_size]
+    return torch.mm(hidden, weight[:vocab_size].t(), out=out)
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> _Head:
-    """The real rows of a head, cast as autocast would: once a call, and never a float64 model.
+def _accumulate(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """out += scale a b, with the sum in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, alpha=scale)
+    elif out.is_cuda:  # the product never exists in the low precision
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, alpha=scale, out=out)
+    else:
+        out.add_(a @ b, alpha=scale)
 
-    Autocast cannot be left to itself, because a cast outside would hand the float32 gradient of the
-    weight back through the low precision.
+
+def _walk(teacher, student, biases, labels, needs, options, weight_grad, scale, rows):
+    """(n,) losses and, where needed, the gradients of their sum in hidden, weight and bias.
+
+    teacher and student are (hidden, weight); the teacher's are None for the cross-entropy alone.
+    `weight_grad`, if given, is where scale times the weight's gradient goes. Rows of the weight
+    beyond vocab_size keep 0.
     """
-    hidden, weight = hidden.detach(), weight.detach()[:vocab_size]
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _Head(hidden, weight, None if bias is None else bias.detach()[:vocab_size])
-
-
-def _walk(teacher, student, labels, options, need_hidden, need_weight, need_bias):
-    """(N,) losses and, where needed, the gradients of their sum in hidden, weight and bias.
-
-    teacher and student are (hidden, weight, bias), the teacher None for the cross-entropy alone.
-    Rows of the weight beyond vocab_size keep 0.
-    """
-    dtype = check.compute_dtype(*(x for x in (*(teacher or ()), *student) if x is not None))
-    _, weight, bias = student
-    teacher = teacher and _head(*teacher, options.vocab_size)
-    student = _head(*student, options.vocab_size)
-    n, size = student.hidden.shape[0], options.vocab_size
-    loss = student.hidden.new_zeros(n, dtype=dtype)
-    grad_hidden = torch.zeros_like(student.hidden) if need_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-    grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
+    cast = options.product_dtype
+    teacher = [x if x is None else x.detach().to(cast or x.dtype) for x in teacher]
+    hidden, weight = (x.detach().to(cast or x.dtype) for x in student)
+    dtype = check.compute_dtype(*(x for x in (*teacher, hidden, weight, *biases) if x is not None))
+    n, size, kernel = hidden.shape[0], options.vocab_size, options.impl == "triton"
+    biases = [None if bias is None else bias[:size] for bias in biases]
+    loss = hidden.new_zeros(n, dtype=dtype)
+    grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+    if needs[1] and weight_grad is None:
+        weight_grad = torch.zeros_like(student[1], dtype=dtype)
+    grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] else None
 
     for start in range(0, n, options.chunk_size):
-        rows = slice(start, min(start + options.chunk_size, n))
-        student_logits = student.logits(rows, options, dtype)
-        if teacher is not None:
-            pair = compare(teacher.logits(rows, options, dtype), student_logits, options.rows[rows])
-            loss[rows] = values(pair, options.form)
+        part = slice(start, min(start + options.chunk_size, n))
+        z_s = _product(hidden[part], weight, size, kernel)
+        z_t = None
+        if teacher[0] is not None:
+            z_t = _product(teacher[0][part], teacher[1], size, kernel)
+        label = None if labels is None else labels[part]
+        if kernel:
+            loss[part], grad = launch(z_t, z_s, biases, label, any(needs), options)
         else:
-            check.check_rows("student", student_logits.amax(-1), options.rows[rows])
-        label = None if labels is None else labels[rows, None]
-        if label is not None:
-            log_q = student_logits.gather(-1, label).squeeze(-1) - student_logits.logsumexp(-1)
-            loss[rows] -= options.ce_weight * log_q
-        if not (need_hidden or need_weight or need_bias):
-            continue
-
-        q = student_logits.softmax(-1) if teacher is None else pair.q
-        grad = torch.zeros_like(q) if teacher is None else gradients(pair, options.form)
-        if label is not None:  # of cross-entropy: q - onehot(label)
-            grad.add_(q, alpha=options.ce_weight)
-            grad.scatter_add_(-1, label, torch.full_like(grad[:, :1], -options.ce_weight))
-        if options.softcap is not None:  # d/dx c tanh(x / c) = 1 - (z / c)^2
-            grad.mul_(1 - (student_logits / options.softcap).square_())
-        grad.mul_(options.logit_scale)
-        if need_bias:
-            grad_bias[:size] += grad.sum(0)
-        grad = grad.to(student.hidden.dtype)
-        if need_hidden:
-            grad_hidden[rows] = grad @ student.weight
-        if need_weight and grad.dtype == dtype:
-            grad_weight[:size].addmm_(grad.t(), student.hidden[rows])
-        elif need_weight:
-            grad_weight[:size] += grad.t() @ student.hidden[rows]
-    return loss, grad_hidden, grad_weight, grad_bias
+            loss[part], grad = plain(
+                z_t, z_s, biases, label, any(needs), options, rows[part], dtype
+            )
+        if needs[0]:
+            torch.mm(grad, weight[:size], out=grad_hidden[part])
+        if needs[1]:
+            _accumulate(weight_grad[:size], grad.t(), hidden[part], scale)
+        if needs[2]:
+            grad_bias[:size] += grad.sum(0, dtype=dtype)
+    return loss, grad_hidden, weight_grad, grad_bias
 
 
 class _LinearDivergence(torch.autograd.Function):
     """The sum over rows; forward leaves the gradients ready, backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher, labels, options):
-        student = (hidden, weight, bias)
-        loss, *grads = _walk(teacher, student, labels, options, *ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, teacher, teacher_bias, labels, *rest):
+        needs = list(ctx.needs_input_grad[:3])
+        loss, *grads = _walk(teacher, (hidden, weight), (teacher_bias, bias), labels, needs, *rest)
+        if rest[1] is not None:  # the weight's gradient has gone where it belongs
+            grads[1] = None
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if x is None else x.dtype for x in student]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, upstream):
         grads = [
-            None if grad is None else (grad * grad_output).to(dtype)
+            None if grad is None else (grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, *[None] * 7
+
+
+# ------------------------------------------------------------------------------- torch.compile
+
+
+@torch.library.custom_op("switchkd::linear_divergence", mutates_args=())
+def _op(
+    teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    student_hidden: Tensor, student_weight: Tensor,
+    teacher_bias: Tensor | None, student_bias: Tensor | None,
+    labels: Tensor | None, mask: Tensor | None, needs: list[bool],
+    kind: str, weight: float, detach: bool, vocab_size: int, logit_scale: float, softcap: float,
+    ce_weight: float, chunk_size: int, product_dtype: torch.dtype | None, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sum, (N,) losses and the gradients of the sum, as torch.compile sees them: full rows in and
+    out, masked ones packed inside, so that no shape depends on data."""
+    options = Options(kind, weight, detach, vocab_size, logit_scale, softcap, ce_weight,
+                       chunk_size, product_dtype, impl)  # fmt: skip
+    rows = check.rows_of(student_hidden.shape[:1], mask, "none")
+    kept = _indices(rows, student_hidden)
+    teacher = (None if teacher_hidden is None else rows.take(teacher_hidden)), teacher_weight
+    if labels is not None:
+        labels = check.integers("labels", labels[kept], vocab_size)
+    loss, grad_hidden, *grads = _walk(
+        teacher, (rows.take(student_hidden), student_weight), (teacher_bias, student_bias),
+        labels, needs, options, None, 1.0, kept,
+    )  # fmt: skip
+    if grad_hidden is not None:
+        full = grad_hidden.new_zeros(student_hidden.shape)
+        grad_hidden = full.index_copy_(0, kept, grad_hidden)
+    grads = [loss.new_empty(0) if grad is None else grad for grad in (grad_hidden, *grads)]
+    return loss.sum(), rows.reduce(loss, "none").clone(), *grads
+
+
+@_op.register_fake
+def _(th, tw, hidden, weight, tb, bias, labels, mask, needs, *options):
+    dtype = check.compute_dtype(*(x for x in (th, tw, hidden, weight, tb, bias) if x is not None))
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    types = options[-2] or hidden.dtype, dtype, dtype
+    grads = [
+        hidden.new_empty(shape if need else (0,), dtype=kind if need else dtype)
+        for shape, need, kind in zip(shapes, needs, types, strict=True)
+    ]
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype), *grads
+
+
+def _setup(ctx, inputs, output):
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[2], inputs[3], inputs[5])]
+    ctx.needs = inputs[8]
+    ctx.save_for_backward(*output[2:])
+
+
+def _op_backward(ctx, upstream, *_):
+    grads = [
+        (grad * upstream).to(dtype) if need else None
+        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return None, None, grads[0], grads[1], None, grads[2], *[None] * 13
+
+
+_op.register_autograd(_op_backward, setup_context=_setup)
+
+
+# ------------------------------------------------------------------------------- public
+
+
+def _indices(rows: check.Rows, like: Tensor) -> Tensor:
+    """The caller's index of each row that counts."""
+    if rows.kept is not None:
+        return rows.kept
+    return torch.arange(rows.shape.numel(), device=like.device)
 
 
 def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -147,6 +191,30 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
             f"{name}_hidden and {name}_weight must have one dtype outside autocast, got "
             f"{hidden.dtype} and {weight.dtype}"
         )
+
+
+def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
+    if weight_grad is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_grad is added to in place: not under torch.compile")
+    if weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32:
+        raise ValueError(
+            f"weight_grad must be float32 of shape {tuple(weight.shape)}, got "
+            f"{weight_grad.dtype} {tuple(weight_grad.shape)}"
+        )
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast would multiply in; it never casts a float64 model.
+
+    Autocast cannot be left to itself, because a cast outside would hand the float32 gradient of the
+    weight back through the low precision.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def linear_divergence_loss(
@@ -168,7 +236,10 @@ def linear_divergence_loss(
     softcap: float | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
+    weight_grad: Tensor | None = None,
+    weight_grad_scale: float = 1.0,
     chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """`divergence_loss` of two heads' logits, + ce_weight * cross-entropy, without the logits.
 
@@ -181,10 +252,16 @@ def linear_divergence_loss(
 
     Gradients reach the student's hidden states, weight and bias, those only that need one, and are
     computed in forward, so under no_grad there is none; the weight's is summed in float32.
+    weight_grad (Vs, Hs) in float32 takes the weight's gradient instead: weight_grad_scale times
+    that of the returned loss is added to it during the call, autograd hands the weight none, and
+    the scale must be what the loss will be multiplied by before backward.
     reduction "none" has no gradient and is refused where the student needs one. Products run in the
     dtype of the inputs, or that of autocast, everything else in float32 or float64. chunk_size
-    rows are in work at once, by default as many as keep float32 logits of one model within 64 MiB,
-    at least 16. Raises InvalidLogits (with model and row), ValueError and TypeError.
+    rows are in work at once, by default as many as keep the logits of one model within 64 MiB of
+    float32 in plain torch, 640 MiB in Triton, at least 16.
+    impl: None (Triton for float32, float16 and bfloat16 on a GPU, else reference), "triton" or
+    "reference". Raises ValueError and TypeError, and InvalidLogits (with model and row) in the
+    reference; in Triton a row of logits that defines no distribution gives NaN.
     """
     alone = kind == "cross_entropy"
     if (teacher_hidden is None or teacher_weight is None) != alone:
@@ -205,35 +282,59 @@ def linear_divergence_loss(
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-    chunk_size = max(16, CHUNK_BYTES // (4 * size)) if chunk_size is None else chunk_size
+    given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
+    chosen = backend.choose(impl, *given, teacher_bias, student_bias)
+    product_dtype = _autocast_dtype(student_hidden)
+    if chunk_size is None:
+        width = 4 if chosen == "reference" else (product_dtype or student_hidden.dtype).itemsize
+        chunk_size = max(16, CHUNK_BYTES[chosen] // (width * size))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    rows = check.rows_of(shape, mask, reduction)
+    check.one_of("reduction", reduction, ("none", "sum", "mean"))
     if ce_weight == 0:
         labels = None
     elif labels is None or labels.shape != shape:
         got = None if labels is None else tuple(labels.shape)
         raise ValueError(f"ce_weight {ce_weight} needs labels of shape {tuple(shape)}, got {got}")
-    else:
-        labels = check.integers("labels", rows.take(labels[..., None]).squeeze(1), size)
-
-    student = (rows.take(student_hidden), student_weight, student_bias)
-    teacher = None
-    if not alone:
-        teacher = (rows.take(teacher_hidden.detach()), teacher_weight, teacher_bias)
-    kept = rows.kept
-    if kept is None:
-        kept = torch.arange(shape.numel(), device=student_hidden.device)
-    options = _Options(
-        None if alone else form_of(kind, alpha, beta, detach_mixture),
-        size, logit_scale, softcap, ce_weight, chunk_size, kept,
-    )  # fmt: skip
-    needs_grad = any(x is not None and x.requires_grad for x in student)
-    if not (needs_grad and torch.is_grad_enabled()):
-        loss, *_ = _walk(teacher, student, labels, options, False, False, False)
-        return rows.reduce(loss, reduction)
-    if reduction == "none":
+    form = Form(kind) if alone else form_of(kind, alpha, beta, detach_mixture)
+    options = Options(
+        *form, size, logit_scale, softcap or 0.0, ce_weight, chunk_size, product_dtype, chosen
+    )
+    learns = [
+        x is not None and x.requires_grad for x in (student_hidden, student_weight, student_bias)
+    ]
+    learns = [need and torch.is_grad_enabled() for need in learns]
+    if any(learns) and reduction == "none":
         raise ValueError("reduction 'none' has no gradient here: use 'sum' or 'mean', or no_grad")
-    total = _LinearDivergence.apply(*student, teacher, labels, options)
-    return total / max(len(kept), 1) if reduction == "mean" else total
+    _check_weight_grad(weight_grad, student_weight)
+
+    if torch.compiler.is_compiling():
+        total, loss, *_ = _op(
+            None if alone else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+            None if alone else teacher_weight,
+            student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight,
+            teacher_bias, student_bias,
+            None if labels is None else labels.reshape(-1), check.flat_mask(mask, shape),
+            learns, *options,
+        )  # fmt: skip
+        count = max(shape.numel(), 1) if mask is None else mask.sum().clamp(min=1)
+        return {"none": loss.reshape(shape), "sum": total, "mean": total / count}[reduction]
+
+    rows = check.rows_of(shape, mask, reduction)
+    kept = _indices(rows, student_hidden)
+    if labels is not None:
+        labels = check.integers("labels", labels.reshape(-1)[kept], size)
+    teacher = (None, None) if alone else (rows.take(teacher_hidden.detach()), teacher_weight)
+    student = (rows.take(student_hidden), student_weight)
+    count = max(len(kept), 1) if reduction == "mean" else 1
+    scale = 1.0 if weight_grad is None else weight_grad_scale / count
+    rest = (options, weight_grad, scale, kept)
+    if not any(learns):
+        biases = (teacher_bias, student_bias)
+        loss, *_ = _walk(teacher, student, biases, labels, [False] * 3, *rest)
+        return rows.reduce(loss, reduction)
+    return (
+        _LinearDivergence.apply(*student, student_bias, teacher, teacher_bias, labels, *rest)
+        / count
+    )

@@ -403,8 +403,8 @@ def switch_select(
         for name, token in (("teacher_token", teacher_token), ("student_token", student_token))
     ]
     args = (
-        check.unit_stride(teacher_logits),
-        check.unit_stride(student_logits),
+        check.unit_stride(teacher_logits.detach()),
+        check.unit_stride(student_logits.detach()),
         check.per_row("threshold", threshold, rows, device),
         check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
         check.per_row("positions", positions, rows, device, limit=2**32),
