@@ -12,8 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from switchkd_kernels import InvalidLogits, sample, switch_select
-from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
+from switchkd_kernels import InvalidLogits
+from switchkd_kernels.reference import (  # the definitions: no fused kernel in the naive loop
+    STREAM_REDRAW,
+    STREAM_TOKEN,
+    SwitchSelection,
+    sample,
+    switch_select,
+)
 from torch import Tensor
 
 from switchkd.policies import Policy, Student

@@ -73,3 +73,8 @@ def on(device: torch.device):
 def signed(seed: int) -> int:
     """The same 64 bits as a signed integer, which is what a kernel or an op takes."""
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def at_most(registers: int, device: torch.device) -> dict:
+    """The launch option that caps the registers of a thread, where the compiler knows it (NVIDIA)."""
+    return {} if torch.version.hip or device.type == "xpu" else {"maxnreg": registers}

@@ -18,6 +18,8 @@ from switchkd_kernels._tl import (
     divergence_terms,
     is_distribution,
     load_pair,
+    softmax_end,
+    softmax_start,
     softmax_step,
     tl,
     triton,
@@ -26,30 +28,23 @@ from switchkd_kernels.rowwise import Form, form_of, gradients, in_base, values
 from switchkd_kernels.rowwise import compare as compare_rows
 
 # Launch parameters; benchmarks/sweep_kernels.py measures them. As in switch_select.py, a thread of
-# forward holds 16 logits of either row. Backward is elementwise: narrow blocks, many programs.
-BLOCK, WARPS = 4096, 8
+# forward holds 8 logits of either row. Backward is elementwise: 16 a thread, many programs.
+BLOCK, WARPS = 2048, 8
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
-
-
-@triton.jit
-def _softmax_block(
-    pair, first, V, teacher, student, HEAD: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
-    zt, zs = load_pair(pair, first + tl.arange(0, BLOCK), V, HEAD, MASKED)
-    return softmax_step(zt, tl.max(zt, 0), teacher), softmax_step(zs, tl.max(zs, 0), student)
 
 
 @triton.jit
 def softmaxes(pair, V, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """First sweep: (maximum, sum of exponentials) of either row."""
-    teacher = float("-inf"), 0.0
-    student = float("-inf"), 0.0
+    teacher, student = softmax_start(BLOCK), softmax_start(BLOCK)
     whole = V // BLOCK * BLOCK
     for first in tl.range(0, whole, BLOCK):
-        teacher, student = _softmax_block(pair, first, V, teacher, student, HEAD, BLOCK, False)
+        zt, zs = load_pair(pair, first + tl.arange(0, BLOCK), V, HEAD, False)
+        teacher, student = softmax_step(zt, teacher), softmax_step(zs, student)
     if whole < V:
-        teacher, student = _softmax_block(pair, whole, V, teacher, student, HEAD, BLOCK, True)
-    return teacher, student
+        zt, zs = load_pair(pair, whole + tl.arange(0, BLOCK), V, HEAD, True)
+        teacher, student = softmax_step(zt, teacher), softmax_step(zs, student)
+    return softmax_end(teacher), softmax_end(student)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from switchkd_kernels import _checks as check
 from switchkd_kernels import reference
 from switchkd_kernels._tl import (
     compare,
+    gumbel_bound,
     gumbel_of,
     in_order,
     is_distribution,
@@ -22,6 +23,8 @@ from switchkd_kernels._tl import (
     kl_terms,
     load_logits,
     noise_words,
+    softmax_end,
+    softmax_start,
     softmax_step,
     tempered,
     tl,
@@ -33,88 +36,86 @@ from switchkd_kernels.reference import SwitchSelection
 
 KNOWN, GREEDY, NOISE = 0, 1, 2  # how a model's token is found
 
-# Launch parameters; benchmarks/sweep_kernels.py measures them. Blocks of 4096 with 8 warps keep 16
-# logits of either row in a thread's registers; wider ones spill or halve the occupancy, which is
-# what holds published two-row kernels at a seventh of the bandwidth. Rows are split until every
-# multiprocessor has four programs, so that one loads while another reduces.
-BLOCK, WARPS, PROGRAMS_PER_PROCESSOR = 4096, 8, 4
+# Launch parameters; benchmarks/sweep_kernels.py measures them. In blocks of 2048 a thread of 8 warps
+# has 8 logits of either row, one 16-byte load each in bf16; wider blocks spill or halve the
+# occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. 128
+# registers let two programs share a multiprocessor, with nothing spilled (kernel_resources.csv).
+# Rows are split until there are four programs for each, so that one loads while another computes.
+BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
 
 
 @triton.jit
-def _argmax_step(y, first, row):
-    top, total, best, token = row
+def _argmax_step(y, first, best):
     value, index = tl.max(y, 0, return_indices=True)
-    better = value > best  # not >=: of equal values the first wins, as torch.argmax has it
-    return top, total, tl.where(better, value, best), tl.where(better, first + index, token)
+    better = value > best[0]  # not >=: of equal values the first wins, as torch.argmax has it
+    return tl.where(better, value, best[0]), tl.where(better, first + index, best[1])
 
 
 @triton.jit
-def _noisy_step(z, block_top, temperature, first, words, row):
-    """Evaluates the noise (two logarithms an entry) only in a block that could win: Gumbel noise
-    falls as its word rises, so maximum logit and least word bound every perturbed logit. The margin
-    covers a logarithm that is not monotone in its last bits."""
+def _noisy_step(z, temperature, first, words, best):
+    """Evaluates the noise (two logarithms an entry) only in a block that could win, by a bound for
+    each four entries that share a counter: their largest logit, their least word."""
     w0, w1, w2, w3 = words
-    least = tl.min(tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)), 0)
-    if tempered(block_top, temperature) + (gumbel_of(least) + 1e-4) > row[2]:
+    least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
+    top = tl.max(tl.reshape(z, (z.shape[0] // 4, 4)), 1)
+    if tl.max(tempered(top, temperature) + gumbel_bound(least), 0) > best[0]:
         y = tempered(z, temperature) + gumbel_of(in_order(w0, w1, w2, w3))
-        row = _argmax_step(y, first, row)
-    return row
+        best = _argmax_step(y, first, best)
+    return best
 
 
 @triton.jit
 def _scan_block(
-    pair, first, end, teacher, student, seed, counter, teacher_temperature, student_temperature,
+    pair, first, end, teacher, student, seed, counter, temperatures,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     cols = first + tl.arange(0, BLOCK)
     zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
     zs = load_logits(pair[1], cols, end, float("-inf"), MASKED)
-    t_top, s_top = tl.max(zt, 0), tl.max(zs, 0)
-    teacher = softmax_step(zt, t_top, teacher)
-    student = softmax_step(zs, s_top, student)
+    t_lanes, t_best = teacher
+    s_lanes, s_best = student
+    t_lanes, s_lanes = softmax_step(zt, t_lanes), softmax_step(zs, s_lanes)
     if DRAW_T == 1:
-        if t_top > teacher[2]:
-            teacher = _argmax_step(zt, first, teacher)
+        if tl.max(zt, 0) > t_best[0]:
+            t_best = _argmax_step(zt, first, t_best)
     if DRAW_S == 1:
-        if s_top > student[2]:
-            student = _argmax_step(zs, first, student)
+        if tl.max(zs, 0) > s_best[0]:
+            s_best = _argmax_step(zs, first, s_best)
     if (DRAW_S == 2) or (DRAW_T == 2):
         stream: tl.constexpr = S_STREAM if DRAW_S == 2 else T_STREAM
         words = noise_words(seed, first, counter, stream, BLOCK)
         if DRAW_S == 2:
-            student = _noisy_step(zs, s_top, student_temperature, first, words, student)
+            s_best = _noisy_step(zs, temperatures[1], first, words, s_best)
         if DRAW_T == 2:
             if stream != T_STREAM:
                 words = noise_words(seed, first, counter, T_STREAM, BLOCK)
-            teacher = _noisy_step(zt, t_top, teacher_temperature, first, words, teacher)
-    return teacher, student
+            t_best = _noisy_step(zt, temperatures[0], first, words, t_best)
+    return (t_lanes, t_best), (s_lanes, s_best)
 
 
 @triton.jit
 def _scan(
-    pair, start, end, seed, counter, teacher_temperature, student_temperature,
+    pair, start, end, seed, counter, temperatures,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
     logit, its token) of either model."""
-    teacher = float("-inf"), 0.0, float("-inf"), start * 0
-    student = float("-inf"), 0.0, float("-inf"), start * 0
+    nothing = float("-inf"), start * 0
+    teacher, student = (softmax_start(BLOCK), nothing), (softmax_start(BLOCK), nothing)
     whole = start + (end - start) // BLOCK * BLOCK
     for first in tl.range(start, whole, BLOCK):
         teacher, student = _scan_block(
-            pair, first, end, teacher, student, seed, counter,
-            teacher_temperature, student_temperature,
+            pair, first, end, teacher, student, seed, counter, temperatures,
             DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, False,
         )  # fmt: skip
     if whole < end:
         teacher, student = _scan_block(
-            pair, whole, end, teacher, student, seed, counter,
-            teacher_temperature, student_temperature,
+            pair, whole, end, teacher, student, seed, counter, temperatures,
             DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, True,
         )  # fmt: skip
-    return teacher, student
+    return softmax_end(teacher[0]) + teacher[1], softmax_end(student[0]) + student[1]
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def _switch_select_kernel(
         counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
         teacher, student = _scan(
             pair, start, end, seed, counter,
-            (teacher_temperature, teacher_inverse), (student_temperature, student_inverse),
+            ((teacher_temperature, teacher_inverse), (student_temperature, student_inverse)),
             DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK,
         )  # fmt: skip
     if PHASE == "scan":
@@ -307,7 +308,8 @@ def _launch(
                 *draws, metric, bits,
                 T_STREAM=STREAM_REDRAW if metric == "rank" else STREAM_TOKEN,
                 S_STREAM=STREAM_TOKEN,
-                PHASE=phase, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK, num_warps=WARPS,
+                PHASE=phase, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
+                num_warps=WARPS, **backend.at_most(REGISTERS, device),
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
