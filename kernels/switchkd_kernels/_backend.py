@@ -39,15 +39,15 @@ def choose(impl: str | None, *tensors: Tensor | None) -> str:
     Raises ValueError for tensors on several devices, RuntimeError for an explicit choice that
     cannot run, with the reason.
     """
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
-        raise ValueError(f"tensors must be on one device, got {', '.join(sorted(devices))}")
+        raise ValueError(f"tensors must be on one device, got {', '.join(map(str, devices))}")
     check.one_of("impl", impl, (None, *IMPLS))
     if impl == "reference":
         return impl
     reason = triton_refuses(*tensors)
     if impl is None:
-        on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
+        on_cpu = any(device.type == "cpu" for device in devices)
         return "reference" if reason or on_cpu else "triton"
     if reason:
         raise RuntimeError(f"impl {impl!r} cannot run: {reason}")
@@ -76,5 +76,5 @@ def signed(seed: int) -> int:
 
 
 def at_most(registers: int, device: torch.device) -> dict:
-    """The launch option that caps the registers of a thread, where the compiler knows it (NVIDIA)."""
+    """The launch option that caps a thread's registers, where the compiler knows it (NVIDIA)."""
     return {} if torch.version.hip or device.type == "xpu" else {"maxnreg": registers}

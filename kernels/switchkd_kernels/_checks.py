@@ -107,23 +107,25 @@ def seed(value: int) -> int:
     return value
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def per_row(name: str, value, rows: int, device: torch.device, limit: int | None = None) -> Tensor:
     """One float32, or one int64 below `limit`, a row: (rows,), of stride 0 for a single number.
 
     Values that are on an accelerator already are not looked at: that would wait for the device.
     """
     tensor = torch.as_tensor(value)
-    known = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if limit is None:
-        if known and bool(tensor.isnan().any()):
-            raise ValueError(f"{name} must be a number in every row, got NaN")
-        tensor = tensor.to(device, torch.float32)
-    elif known:
-        tensor = integers(name, tensor, limit).to(device)
-    else:
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
-        tensor = tensor.to(device, torch.int64)
+    visible = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if limit is not None and (visible or tensor.dtype not in _INTEGERS):
+        tensor = integers(name, tensor, limit)
+    if limit is None and visible and bool(tensor.isnan().any()):
+        raise ValueError(f"{name} must be a number in every row, got NaN")
+    dtype = torch.float32 if limit is None else torch.int64
+    if isinstance(value, Tensor | list | tuple):
+        tensor = tensor.to(device, dtype)
+    else:  # filled there: a copy from the host could not be captured in a CUDA graph
+        tensor = torch.full((), value, dtype=dtype, device=device)
     if tensor.dim() and tensor.shape not in ((rows,), (1,)):
         raise ValueError(f"{name} must be a number or ({rows},), got {tuple(tensor.shape)}")
     return tensor.reshape(-1).expand(rows)

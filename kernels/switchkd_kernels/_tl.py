@@ -13,7 +13,11 @@ except Exception as error:  # a broken installation must not take the reference 
     UNAVAILABLE = f"triton cannot be imported: {error}"
 
     class _StandIn:
-        constexpr = int64 = int
+        int64 = int
+
+        @staticmethod
+        def constexpr(value):
+            return value
 
         @staticmethod
         def jit(function):

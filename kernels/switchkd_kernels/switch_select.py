@@ -35,9 +35,10 @@ from switchkd_kernels.noise import STREAM_REDRAW, STREAM_TOKEN
 from switchkd_kernels.reference import SwitchSelection
 
 KNOWN, GREEDY, NOISE = 0, 1, 2  # how a model's token is found
+_SHARED, _REDRAW = tl.constexpr(STREAM_TOKEN), tl.constexpr(STREAM_REDRAW)
 
-# Launch parameters; benchmarks/sweep_kernels.py measures them. In blocks of 2048 a thread of 8 warps
-# has 8 logits of either row, one 16-byte load each in bf16; wider blocks spill or halve the
+# Launch parameters; benchmarks/sweep_kernels.py measures them. In blocks of 2048 a thread of 8
+# warps has 8 logits of either row, one 16-byte load each in bf16; wider blocks spill or halve the
 # occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. 128
 # registers let two programs share a multiprocessor, with nothing spilled (kernel_resources.csv).
 # Rows are split until there are four programs for each, so that one loads while another computes.
@@ -67,8 +68,8 @@ def _noisy_step(z, temperature, first, words, best):
 @triton.jit
 def _scan_block(
     pair, first, end, teacher, student, seed, counter, temperatures,
-    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     cols = first + tl.arange(0, BLOCK)
     zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
@@ -83,7 +84,7 @@ def _scan_block(
         if tl.max(zs, 0) > s_best[0]:
             s_best = _argmax_step(zs, first, s_best)
     if (DRAW_S == 2) or (DRAW_T == 2):
-        stream: tl.constexpr = S_STREAM if DRAW_S == 2 else T_STREAM
+        stream: tl.constexpr = _SHARED if DRAW_S == 2 else T_STREAM
         words = noise_words(seed, first, counter, stream, BLOCK)
         if DRAW_S == 2:
             s_best = _noisy_step(zs, temperatures[1], first, words, s_best)
@@ -97,8 +98,7 @@ def _scan_block(
 @triton.jit
 def _scan(
     pair, start, end, seed, counter, temperatures,
-    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
     logit, its token) of either model."""
@@ -108,12 +108,12 @@ def _scan(
     for first in tl.range(start, whole, BLOCK):
         teacher, student = _scan_block(
             pair, first, end, teacher, student, seed, counter, temperatures,
-            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, False,
+            DRAW_T, DRAW_S, T_STREAM, BLOCK, False,
         )  # fmt: skip
     if whole < end:
         teacher, student = _scan_block(
             pair, whole, end, teacher, student, seed, counter, temperatures,
-            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK, True,
+            DRAW_T, DRAW_S, T_STREAM, BLOCK, True,
         )  # fmt: skip
     return softmax_end(teacher[0]) + teacher[1], softmax_end(student[0]) + student[1]
 
@@ -207,13 +207,12 @@ def _switch_select_kernel(
     teacher_ptr, student_ptr, threshold_ptr, id_ptr, position_ptr,  # in
     teacher_token_ptr, student_token_ptr,
     token_ptr, writer_ptr, value_ptr,  # out
-    partial_ptr, partial_token_ptr, measured_ptr, arrived_ptr,  # between the launches of a split
+    partial_ptr, partial_token_ptr,  # between the launches of a split
     rows, V, slice_size, splits,  # shapes
     stride_t, stride_s, stride_threshold, stride_id, stride_position, stride_tt, stride_st,
     seed: tl.int64,
     teacher_temperature, teacher_inverse, student_temperature, student_inverse,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, METRIC: tl.constexpr, BITS: tl.constexpr,
-    T_STREAM: tl.constexpr, S_STREAM: tl.constexpr,
     PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """PHASE "row": a program decides a row. Else one has a slice of it, "scan" and then "decide",
@@ -224,17 +223,18 @@ def _switch_select_kernel(
     start = split * slice_size
     end = tl.minimum(start + slice_size, V)
     place, step = row * splits + split, rows * splits
+    T_STREAM: tl.constexpr = _REDRAW if METRIC == "rank" else _SHARED
     if PHASE != "decide":
         counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
         teacher, student = _scan(
             pair, start, end, seed, counter,
             ((teacher_temperature, teacher_inverse), (student_temperature, student_inverse)),
-            DRAW_T, DRAW_S, T_STREAM, S_STREAM, BLOCK,
+            DRAW_T, DRAW_S, T_STREAM, BLOCK,
         )  # fmt: skip
     if PHASE == "scan":
         _store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
         _store_partial(partial_ptr + 3 * step, partial_token_ptr + step, place, step, student)
-        tl.store(arrived_ptr + row, 0)  # every slice's program stores the same
+        tl.store(partial_token_ptr + 2 * step + row, 0)  # arrivals; all slices store the same
     else:
         if PHASE == "decide":
             teacher = _combine(partial_ptr, partial_token_ptr, row, rows, splits, SPLITS)
@@ -249,12 +249,14 @@ def _switch_select_kernel(
         divergence = _measure(pair, start, end, teacher, student, rival, METRIC, BLOCK)
         last = True
         if PHASE == "decide":
-            tl.store(measured_ptr + place, divergence)
+            measured_ptr = partial_ptr + 6 * step + row * splits
+            tl.store(measured_ptr + split, divergence)
             tl.debug_barrier()  # the store above, by any thread, comes before the arrival
-            last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == splits - 1
+            arrived = tl.atomic_add(partial_token_ptr + 2 * step + row, 1, sem="acq_rel")
+            last = arrived == splits - 1
             if last:
                 each = tl.arange(0, SPLITS)
-                parts = measured_ptr + row * splits + each
+                parts = measured_ptr + each
                 # .cg: past the first-level cache, which may hold what was there before
                 parts = tl.load(parts, mask=each < splits, other=0.0, cache_modifier=".cg")
                 divergence = tl.sum(parts, 0)
@@ -283,12 +285,8 @@ def _launch(
     slice_size = triton.cdiv(vocab_size, BLOCK)
     slice_size = triton.cdiv(slice_size, splits or _splits(rows, vocab_size, device)) * BLOCK
     splits = triton.cdiv(vocab_size, slice_size)
-    partial = partial_token = measured = arrived = values  # not touched unless split
-    if splits > 1:
-        partial = torch.empty(6, rows, splits, dtype=torch.float32, device=device)
-        partial_token = torch.empty(2, rows, splits, dtype=torch.int32, device=device)
-        measured = torch.empty(rows, splits, dtype=torch.float32, device=device)
-        arrived = torch.empty(rows, dtype=torch.int32, device=device)
+    partial = torch.empty(7, rows, splits, dtype=torch.float32, device=device)
+    partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
     def draw(known: Tensor | None, temperature: float) -> int:
         return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
@@ -300,14 +298,12 @@ def _launch(
         for phase in ("row",) if splits == 1 else ("scan", "decide"):
             _switch_select_kernel[(rows, splits)](
                 teacher, student, threshold, ids, positions, teacher_token, student_token,
-                token, writer, values, partial, partial_token, measured, arrived,
+                token, writer, values, partial, partial_token,
                 rows, vocab_size, slice_size, splits,
                 teacher.stride(0), student.stride(0), threshold.stride(0), ids.stride(0),
                 positions.stride(0), teacher_token.stride(0), student_token.stride(0),
                 seed, *with_inverse(teacher_temperature), *with_inverse(student_temperature),
                 *draws, metric, bits,
-                T_STREAM=STREAM_REDRAW if metric == "rank" else STREAM_TOKEN,
-                S_STREAM=STREAM_TOKEN,
                 PHASE=phase, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
                 num_warps=WARPS, **backend.at_most(REGISTERS, device),
             )  # fmt: skip
@@ -322,11 +318,11 @@ def _op(
     metric: str, bits: bool, vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    args = (teacher, student, threshold, ids, positions, teacher_token, student_token)
     if backend.choose(None, teacher, student) == "triton":
         return _launch(
-            *args, seed, teacher_temperature, student_temperature, metric, bits, vocab_size
-        )
+            teacher, student, threshold, ids, positions, teacher_token, student_token,
+            seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
+        )  # fmt: skip
     return tuple(
         reference.switch_select(
             teacher, student, threshold, seed=seed % 2**64, sequence_ids=ids, positions=positions,

@@ -1,0 +1,144 @@
+"""A preallocated KV cache with a length per row, for any unmodified transformers model.
+
+Row r of a batch holds the keys and values of positions 0 .. lengths[r] - 1; what lies beyond is
+stale and never attended to. So rolling back is a change of `lengths`, and prompts of unequal length
+need no padding on the left. Two models that read one token stream have equal lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from switchkd.models import decoder_of, head_of
+
+ATTENTION = ("sdpa", "eager")  # implementations that take a prepared 4-D mask
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values (slots, heads, capacity, width) of one attention layer."""
+
+    def __init__(self, owner: RowCache):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def room(x: Tensor) -> Tensor:
+            return x.new_zeros(self.owner.slots, x.shape[1], self.owner.capacity, x.shape[3])
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        owner = self.owner
+        for store, new in ((self.keys, key_states), (self.values, value_states)):
+            store[owner.rows[:, None], :, owner.positions] = new.transpose(1, 2)
+        if owner.prefix is not None:  # slots 0 .. n - 1: a view
+            part = slice(owner.prefix)
+            return self.keys[part, :, : owner.reach], self.values[part, :, : owner.reach]
+        return (
+            self.keys[:, :, : owner.reach].index_select(0, owner.rows),
+            self.values[:, :, : owner.reach].index_select(0, owner.rows),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.reach, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always given explicitly
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+
+class RowCache(Cache):
+    """The layers of one model. `aim` says, before each forward pass, where its tokens go."""
+
+    def __init__(self, layers: int, slots: int, capacity: int):
+        self.slots, self.capacity = slots, capacity
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+
+    def aim(self, rows: Tensor, positions: Tensor, reach: int, prefix: int | None) -> None:
+        """rows (b,) slots, positions (b, q) in them, `reach`: positions attended to at most;
+        prefix n if the rows are the slots 0 .. n - 1."""
+        self.rows, self.positions, self.reach, self.prefix = rows, positions, reach, prefix
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot to another."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for store in (layer.keys, layer.values):
+                    store[target, :, :length] = store[source, :, :length]
+
+
+class CachedModel:
+    """A causal language model with a row cache: feed tokens anywhere, get hidden states back."""
+
+    def __init__(self, model: nn.Module, slots: int, capacity: int):
+        check_architecture(model)
+        self.model, self.decoder, self.head = model, decoder_of(model), head_of(model)
+        config = model.config.get_text_config()
+        self.eager = config._attn_implementation == "eager"
+        self.cache = RowCache(config.num_hidden_layers, slots, capacity)
+        self.device = model.device
+
+    def feed(self, tokens: Tensor, lengths: Tensor, reach: int, rows: Tensor | None = None):
+        """Hidden states (b, q, H) after tokens (b, q) that follow `lengths` (b,) earlier ones.
+
+        rows (b,): their slots, by default 0 .. b - 1. reach: an upper bound of lengths + q.
+        """
+        batch, count = tokens.shape
+        positions = lengths[:, None] + torch.arange(count, device=self.device)
+        mask = torch.arange(reach, device=self.device) <= positions[:, None, :, None]
+        if self.eager:  # adds its mask
+            dtype = next(self.model.parameters()).dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(
+                ~mask, torch.finfo(dtype).min
+            )
+        # Padding of a short prompt may point past the end; the last entry is never attended to by
+        # a token that counts before it is written.
+        places = positions.clamp(max=self.cache.capacity - 1)
+        prefix = batch if rows is None else None
+        rows = torch.arange(batch, device=self.device) if rows is None else rows
+        self.cache.aim(rows, places, reach, prefix)
+        out = self.decoder(
+            input_ids=tokens, attention_mask=mask, position_ids=places,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., H), as the model's own forward makes them."""
+        z = self.model.get_output_embeddings()(hidden)
+        if self.head.logit_scale != 1:
+            z = z * self.head.logit_scale
+        if self.head.softcap is not None:
+            z = self.head.softcap * torch.tanh(z / self.head.softcap)
+        return z
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", None) is False:
+        window = None  # Qwen2 names a window that it does not use
+    if kinds != {"full_attention"} or (window and not hasattr(config, "layer_types")):
+        what = ", ".join(sorted(kinds - {"full_attention"})) or f"a sliding window of {window}"
+        raise ValueError(
+            f"{name} has {what}, which the block decoder's cache does not serve: expected full "
+            "attention in every layer; the naive loop decodes it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: got an encoder-decoder, expected a causal language model")
+    if config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"{name}: got attention {config._attn_implementation!r}, expected one of "
+            f"{', '.join(ATTENTION)} (attn_implementation)"
+        )
