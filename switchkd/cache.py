@@ -86,29 +86,29 @@ class CachedModel:
         self.eager = config._attn_implementation == "eager"
         self.cache = RowCache(config.num_hidden_layers, slots, capacity)
         self.device = model.device
+        self.last_position = getattr(config, "max_position_embeddings", capacity) - 1
 
     def feed(self, tokens: Tensor, lengths: Tensor, reach: int, rows: Tensor | None = None):
         """Hidden states (b, q, H) after tokens (b, q) that follow `lengths` (b,) earlier ones.
 
-        rows (b,): their slots, by default 0 .. b - 1. reach: an upper bound of lengths + q.
+        rows (b,): their slots, by default 0 .. b - 1. reach: an upper bound of lengths + q, at most
+        the capacity.
         """
         batch, count = tokens.shape
         positions = lengths[:, None] + torch.arange(count, device=self.device)
         mask = torch.arange(reach, device=self.device) <= positions[:, None, :, None]
         if self.eager:  # adds its mask
             dtype = next(self.model.parameters()).dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(
-                ~mask, torch.finfo(dtype).min
-            )
-        # Padding of a short prompt may point past the end; the last entry is never attended to by
-        # a token that counts before it is written.
-        places = positions.clamp(max=self.cache.capacity - 1)
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         prefix = batch if rows is None else None
         rows = torch.arange(batch, device=self.device) if rows is None else rows
-        self.cache.aim(rows, places, reach, prefix)
+        self.cache.aim(rows, positions, reach, prefix)
         out = self.decoder(
-            input_ids=tokens, attention_mask=mask, position_ids=places,
-            past_key_values=self.cache, use_cache=True,
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
+            past_key_values=self.cache,
+            use_cache=True,
         )  # fmt: skip
         return out.last_hidden_state
 

@@ -33,8 +33,8 @@ class Policy:
     """The student writes every token; the base of the others.
 
     `metric` is what `switch_select` measures. `start` makes the state of a batch, `threshold`
-    returns tau (rows,) for the tokens at `positions`, and `observe` is told the divergences that
-    were measured there. A stateless policy leaves `state` as None.
+    returns tau for the tokens at `positions`, and `observe` is told the divergences that were
+    measured there, for all rows or those of a mask. A stateless policy leaves `state` as None.
     """
 
     metric = "jsd"
@@ -46,7 +46,7 @@ class Policy:
     def threshold(self, state, seed: int, sequence_ids: Tensor, positions: Tensor) -> Tensor:
         return torch.full(positions.shape, math.inf, dtype=torch.float64, device=positions.device)
 
-    def observe(self, state, threshold: Tensor, divergence: Tensor) -> None:
+    def observe(self, state, threshold: Tensor, divergence: Tensor, rows=None) -> None:
         pass
 
 
@@ -147,11 +147,14 @@ class AdaSwitch(Policy):
         tau = torch.where(seen < warm_up, math.inf, tau)
         return torch.where(state["handed_over"], -math.inf, tau)
 
-    def observe(self, state, threshold, divergence):
+    def observe(self, state, threshold, divergence, rows=None):
+        rows = torch.ones_like(state["handed_over"]) if rows is None else rows
         slot = (state["seen"] % self.L)[:, None]
-        state["window"].scatter_(1, slot, divergence.double()[:, None])
-        state["seen"] += 1
-        state["handed_over"] |= divergence > threshold
+        kept = state["window"].gather(1, slot)[:, 0]
+        new = torch.where(rows, divergence.double(), kept)
+        state["window"].scatter_(1, slot, new[:, None])
+        state["seen"] += rows
+        state["handed_over"] |= (divergence > threshold) & rows
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class Rollout:
     from_teacher (B, T) bool; divergence, threshold, teacher_logprob, student_logprob (B, T) float,
     NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD;
     log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN.
+    teacher_hidden (sum of lengths, H), if asked for: the teacher's last hidden state that predicted
+    each token, row by row.
     """
 
     tokens: Tensor
@@ -71,6 +73,7 @@ class Rollout:
     teacher_logprob: Tensor
     student_logprob: Tensor
     seconds: float = 0.0
+    teacher_hidden: Tensor | None = None
 
     RECORDS = ("from_teacher", "divergence", "threshold", "teacher_logprob", "student_logprob")
 

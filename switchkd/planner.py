@@ -1,0 +1,77 @@
+"""Who drafts, and how many tokens: the cheapest choice by measured times and measured acceptance.
+
+A round of k drafts costs k passes of the drafter and one of the verifier over k positions, and is
+expected to yield 1 + a + ... + a^(k-1) tokens, a being the share of drafts that turn out right. One
+draft is the naive step, so the planner never does worse than that on what it has measured.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+BLOCKS = (1, 2, 3, 4, 6, 8)
+BUCKET = 8  # positions that share an acceptance rate: it changes as the threshold falls
+MEMORY = 0.9  # weight of what was seen before, each time something is seen
+GUESS = 0.7  # acceptance before anything was seen: high enough that a draft gets tried
+SLOPE = 0.1  # what a further position adds to a pass, before it was measured
+
+
+class Planner:
+    """block, drafter: fixed, or None for the best by what was measured."""
+
+    def __init__(self, block: int | None = None, drafter: str | None = None):
+        if block is not None and block < 1:
+            raise ValueError(f"block: got {block}, expected at least 1, or None to adapt it")
+        if drafter not in (None, "teacher", "student"):
+            raise ValueError(f"drafter: got {drafter!r}, expected 'teacher', 'student' or None")
+        self.blocks = BLOCKS if block is None else (block,)
+        self.drafters = ("student", "teacher") if drafter is None else (drafter,)
+        self.seconds: dict[str, dict[int, float]] = {"teacher": {}, "student": {}, "decide": {}}
+        self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in ("teacher", "student")}
+
+    def took(self, what: str, count: int, seconds: float) -> None:
+        """A pass of a model, or a decision, over `count` positions of each row was timed."""
+        known = self.seconds[what].get(count)
+        first = known is None or seconds < known / 2  # the first pass pays for allocations
+        self.seconds[what][count] = seconds if first else MEMORY * known + (1 - MEMORY) * seconds
+
+    def saw(self, drafter: str, position: float, right: int, total: int) -> None:
+        """Of `total` drafts around `position` whose prefix stood, `right` were right."""
+        bucket = self.accepted[drafter][int(position) // BUCKET]
+        bucket[0] = MEMORY * bucket[0] + right
+        bucket[1] = MEMORY * bucket[1] + total
+
+    def acceptance(self, drafter: str, position: float) -> float:
+        """The share of right drafts here, or in the nearest bucket before it."""
+        seen = self.accepted[drafter]
+        for bucket in range(int(position) // BUCKET, -1, -1):
+            right, total = seen.get(bucket, (0.0, 0.0))
+            if total > 0:
+                return (right + GUESS) / (total + 1)
+        return GUESS
+
+    def cost(self, what: str, count: int) -> float:
+        """Seconds of a pass over `count` positions: measured, or along the line through the two
+        nearest counts that were."""
+        known = self.seconds[what]
+        if count in known or not known:
+            return known.get(count, 0.0)
+        a, *rest = sorted(known, key=lambda other: abs(other - count))
+        slope = SLOPE * known[a] / a
+        if rest:
+            slope = max((known[rest[0]] - known[a]) / (rest[0] - a), 0.0)
+        return max(known[a] + slope * (count - a), 0.1 * known[a])
+
+    def choose(self, position: float, limit: int) -> tuple[str, int]:
+        """(drafter, k <= limit) with the most expected tokens a second around `position`."""
+
+        def tokens_per_second(choice: tuple[str, int]) -> float:
+            drafter, k = choice
+            verifier = "teacher" if drafter == "student" else "student"
+            rate = self.acceptance(drafter, position)
+            expected = sum(rate**i for i in range(k))
+            seconds = k * self.cost(drafter, 1) + self.cost(verifier, k) + self.cost("decide", k)
+            return expected / seconds if seconds else k == 1
+
+        blocks = sorted({min(k, limit) for k in self.blocks})
+        return max(((d, k) for d in self.drafters for k in blocks), key=tokens_per_second)
