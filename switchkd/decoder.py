@@ -8,7 +8,7 @@ A round, for all rows at once:
     4. accept   the tokens up to and including the first that is not the draft; roll both back
 
 The decision at t depends on the prefix alone, so a token stands if all before it were drafted
-right. Both models share one Gumbel field: a token is a function of (p_t, q_t, seed, sequence id, t),
+right. Both models share one Gumbel field, a token is a function of (p_t, q_t, seed, sequence, t),
 which is why a draft is often right even where the other model writes. Which model drafts, and how
 many tokens, changes the cost, never the output.
 """
