@@ -109,6 +109,11 @@ class SwitchConfig(TrainingArguments):
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
     rollout_batch_size: int = option("Rows decoded together.", 32)
+    decoder: str = option(
+        "block: one model drafts, the other verifies; naive: step by step.", "block"
+    )
+    rollout_block: int | None = option("Tokens drafted a round; default: what is cheapest.")
+    rollout_drafter: str | None = option("Who drafts: student or teacher; default the cheaper.")
     rollout_dtype: str | None = option(
         "Decode with a copy in this type; default that of --bf16, --fp16."
     )
@@ -176,6 +181,11 @@ class SwitchConfig(TrainingArguments):
         need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
         for name in ("max_new_tokens", "max_prompt_length", "rollout_batch_size"):
             need(name, getattr(self, name) >= 1, "an integer >= 1")
+        need("decoder", self.decoder in ("block", "naive"), "block or naive")
+        block = self.rollout_block
+        need("rollout_block", block is None or block >= 1, "an integer >= 1, or none")
+        drafters = (None, "student", "teacher")
+        need("rollout_drafter", self.rollout_drafter in drafters, "student or teacher, or none")
         dtypes = (None, "float32", "bfloat16", "float16")
         need("rollout_dtype", self.rollout_dtype in dtypes, f"one of {dtypes}")
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")

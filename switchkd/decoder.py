@@ -291,6 +291,7 @@ def rollout(
     batch_size: int | None = None,
     block: int | None = None,
     drafter: str | None = None,
+    costs: dict[str, float] | None = None,
     keep_hidden: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Rollout:
@@ -299,8 +300,9 @@ def rollout(
     prompts: any number of lists of token ids, any lengths, none empty. batch_size: rows at work at
     once (default: all prompts); a row that is finished makes room for the next prompt at once.
     block, drafter: how many tokens are drafted a round, by "student" or "teacher"; None: what is
-    fastest by measured times and acceptance. keep_hidden: return the teacher's last hidden states
-    that predicted the tokens, (all response tokens, H), row by row.
+    fastest by measured times and acceptance, or by the relative `costs` of a pass of either.
+    keep_hidden: return the teacher's last hidden states that predicted the tokens, (all response
+    tokens, H), row by row.
     The other arguments, and errors, as in `rollout_naive`; on_step(tokens, prompts that are not
     finished) is called after every round. Raises ValueError for architectures with sliding windows.
     """
@@ -315,7 +317,7 @@ def rollout(
         check_lengths(model, prompts, max_new_tokens)
         model.eval()
     start, device = time.perf_counter(), student.device
-    planner = Planner(block, drafter)
+    planner = Planner(block, drafter, costs)
     count = min(batch_size or len(prompts), len(prompts))
     # A block may be drafted past the end of a response, never past its place in the cache.
     capacity = max(map(len, prompts)) + max_new_tokens + max(planner.blocks)

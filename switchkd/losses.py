@@ -16,18 +16,32 @@ from torch import Tensor, nn
 from switchkd.models import decoder_of, head_of
 
 
-def collate(prompts: Sequence[list[int]], completions: Sequence[list[int]], pad: int) -> dict:
-    """Right-padded batch: input_ids, attention_mask, and completion_mask (1 on response tokens)."""
+def collate(
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    pad: int,
+    hidden: Sequence[Tensor | None] | None = None,
+) -> dict:
+    """Right-padded batch: input_ids, attention_mask, and completion_mask (1 on response tokens).
+
+    hidden: of each row the teacher's states (tokens, H) that predicted its completion, where a
+    rollout has kept them; then also known_rows (rows,) bool, and known_hidden, those states joined.
+    """
     joined = [p + c for p, c in zip(prompts, completions, strict=True)]
     width = max(map(len, joined))
     slots = torch.arange(width)
     ends = torch.tensor([len(row) for row in joined])[:, None]
     starts = torch.tensor([len(p) for p in prompts])[:, None]
-    return {
+    batch = {
         "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in joined]),
         "attention_mask": (slots < ends).long(),
         "completion_mask": (slots >= starts) & (slots < ends),
     }
+    kept = [states for states in hidden or () if states is not None]
+    if kept:
+        batch["known_rows"] = torch.tensor([states is not None for states in hidden])
+        batch["known_hidden"] = torch.cat(kept)
+    return batch
 
 
 def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor:
@@ -49,6 +63,24 @@ def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor
         hook.remove()
     # Position i predicts token i + 1: the first response token is predicted by the prompt's last.
     return seen[0][:, :-1][batch["completion_mask"][:, 1:]]
+
+
+@torch.no_grad()
+def teacher_hidden(teacher: nn.Module, batch: dict) -> Tensor:
+    """`response_hidden` of the teacher, from a forward pass over those rows only whose states the
+    rollout has not kept."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    known = batch.get("known_rows")
+    if known is None:
+        return response_hidden(teacher, decoder_of(teacher), batch)
+    of_token = known.repeat_interleave(batch["completion_mask"].sum(1))
+    hidden = batch["known_hidden"]
+    joined = hidden.new_empty(len(of_token), hidden.shape[1])
+    joined[of_token] = hidden
+    if not known.all():
+        rest = {name: batch[name][~known] for name in names}
+        joined[~of_token] = response_hidden(teacher, decoder_of(teacher), rest).to(joined.dtype)
+    return joined
 
 
 def response_labels(batch: dict) -> Tensor:
@@ -86,16 +118,14 @@ def distillation_loss(
         return linear_divergence_loss(
             None, None, hidden, head.weight, kind=kind, labels=response_labels(batch), **options
         )
-    with torch.no_grad():
-        teacher_head = head_of(teacher)
-        teacher_hidden = response_hidden(teacher, decoder_of(teacher), batch)
+    teacher_head = head_of(teacher)
     if (teacher_head.logit_scale, teacher_head.softcap) != (head.logit_scale, head.softcap):
         raise ValueError(
             f"teacher and student scale their logits differently: got {teacher_head.logit_scale}, "
             f"{teacher_head.softcap} and {head.logit_scale}, {head.softcap}; expected equal ones"
         )
     return linear_divergence_loss(
-        teacher_hidden,
+        teacher_hidden(teacher, batch),
         teacher_head.weight,
         hidden,
         head.weight,

@@ -17,9 +17,18 @@ SLOPE = 0.1  # what a further position adds to a pass, before it was measured
 
 
 class Planner:
-    """block, drafter: fixed, or None for the best by what was measured."""
+    """block, drafter: fixed, or None for the best by what was measured.
 
-    def __init__(self, block: int | None = None, drafter: str | None = None):
+    costs: what a pass of "teacher" and of "student" costs, in any unit, instead of measured times.
+    Plans then depend on the tokens alone, and a run that is repeated rounds alike.
+    """
+
+    def __init__(
+        self,
+        block: int | None = None,
+        drafter: str | None = None,
+        costs: dict[str, float] | None = None,
+    ):
         if block is not None and block < 1:
             raise ValueError(f"block: got {block}, expected at least 1, or None to adapt it")
         if drafter not in (None, "teacher", "student"):
@@ -27,10 +36,15 @@ class Planner:
         self.blocks = BLOCKS if block is None else (block,)
         self.drafters = ("student", "teacher") if drafter is None else (drafter,)
         self.seconds: dict[str, dict[int, float]] = {"teacher": {}, "student": {}, "decide": {}}
+        self.measures = costs is None
+        for role, cost in (costs or {}).items():
+            self.seconds[role][1] = cost
         self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in ("teacher", "student")}
 
     def took(self, what: str, count: int, seconds: float) -> None:
         """A pass of a model, or a decision, over `count` positions of each row was timed."""
+        if not self.measures:
+            return
         known = self.seconds[what].get(count)
         first = known is None or seconds < known / 2  # the first pass pays for allocations
         self.seconds[what][count] = seconds if first else MEMORY * known + (1 - MEMORY) * seconds

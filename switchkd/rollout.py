@@ -81,6 +81,12 @@ class Rollout:
         rows = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
+    def hidden(self) -> list[Tensor | None]:
+        """The teacher's states (length, H) of each row, None where they were not kept."""
+        if self.teacher_hidden is None:
+            return [None] * len(self.lengths)
+        return list(self.teacher_hidden.split(self.lengths.tolist()))
+
     def teacher_tokens(self) -> int:
         return int(self.from_teacher.sum())
 

@@ -33,8 +33,10 @@ from switchkd.checkpoint import (
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Row, Rows, rows_from, text_blocks
+from switchkd.decoder import rollout as block_rollout
 from switchkd.models import (
     check_weights,
+    count_parameters,
     decoding_copy,
     disable_dropout,
     load_model,
@@ -151,9 +153,12 @@ class SwitchTrainer(Trainer):
         chosen = [i for i, use in enumerate(self.choose_generated(rows, epoch)) if use]
         picked = [rows[i] for i in chosen]
         rollout = self.roll_out(picked, epoch) if chosen else None
+        hidden: list[Tensor | None] = [None] * len(rows)
         if rollout is not None:
-            for i, tokens in zip(chosen, rollout.completions(), strict=True):
-                completions[i] = tokens
+            for i, tokens, states in zip(
+                chosen, rollout.completions(), rollout.hidden(), strict=True
+            ):
+                completions[i], hidden[i] = tokens, states
         self._record(rollout, picked)
         order = sorted(
             range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
@@ -165,6 +170,7 @@ class SwitchTrainer(Trainer):
                 [rows[i].prompt_ids for i in part],
                 [completions[i] for i in part],
                 self.vocabulary.pad_token_id,
+                [hidden[i] for i in part],
             )
             inputs["row_ids"] = torch.tensor([rows[i].id for i in part])
             if self._lm_blocks is not None:
@@ -192,24 +198,30 @@ class SwitchTrainer(Trainer):
 
     def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
         """Completions of `rows` by the current student and the teacher, in the order given."""
-        size = self.args.rollout_batch_size
-        steps = self.args.max_new_tokens * -(-len(rows) // size)
-        with self._bar(steps, f"rollout of {len(rows)} rows", "token") as bar:
+        args, teacher, student = self.args, self.teacher, self._student_for_decoding()
+        prompts = [row.prompt_ids for row in rows]
+        options = dict(
+            batch_size=args.rollout_batch_size,
+            sequence_ids=[sequence_id(row.id, epoch) for row in rows],
+            sampling=self.sampling,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_ids=self.vocabulary.eos_token_ids,
+            pad_token_id=self.vocabulary.pad_token_id,
+            vocab_size=self.vocabulary.size,
+        )
+        with self._bar(len(rows), "rollout", "row") as bar:
             try:
-                return rollout_in_batches(
-                    self.teacher,
-                    self._student_for_decoding(),
-                    [row.prompt_ids for row in rows],
-                    self.policy,
-                    batch_size=size,
-                    sequence_ids=[sequence_id(row.id, epoch) for row in rows],
-                    sampling=self.sampling,
-                    max_new_tokens=self.args.max_new_tokens,
-                    eos_token_ids=self.vocabulary.eos_token_ids,
-                    pad_token_id=self.vocabulary.pad_token_id,
-                    vocab_size=self.vocabulary.size,
-                    on_step=lambda _t, _running: bar.update(),
-                )
+                if args.decoder == "naive":
+                    return rollout_in_batches(teacher, student, prompts, self.policy, **options)
+                models = (("teacher", teacher), ("student", student))
+                return block_rollout(
+                    teacher, student, prompts, self.policy, **options,
+                    block=args.rollout_block,
+                    drafter=args.rollout_drafter,
+                    costs={name: count_parameters(m) for name, m in models if m is not None},
+                    keep_hidden=args.loss_type != "cross_entropy",
+                    on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
+                )  # fmt: skip
             except InvalidLogits as error:
                 raise self._broken(f"data row {rows[error.row].id}: {error}") from error
 
