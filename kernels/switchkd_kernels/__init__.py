@@ -7,7 +7,7 @@ from switchkd_kernels._checks import InvalidLogits
 from switchkd_kernels.divergence_loss import divergence_loss, jsd
 from switchkd_kernels.linear_divergence_loss import linear_divergence_loss
 from switchkd_kernels.noise import uniform
-from switchkd_kernels.reference import sample
+from switchkd_kernels.sample import sample
 from switchkd_kernels.switch_select import switch_select
 
 __all__ = [

@@ -31,29 +31,6 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def _gradient_block(
-    pair, student_row, first, V, teacher, student, total, weight, label, ce_weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    _, u, q, z = terms_block(
-        pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK, MASKED
-    )
-    cols = first + tl.arange(0, BLOCK)
-    grad = u - q * total
-    grad += ce_weight * tl.where(cols == label, q - 1.0, q)
-    if HEAD & 8:
-        grad *= 1.0 - (z / pair[5]) * (z / pair[5])
-    if HEAD & 4:
-        grad *= pair[4]
-    grad = grad.to(student_row.dtype.element_ty)
-    if MASKED:
-        tl.store(student_row + cols, grad, mask=cols < V)
-    else:
-        tl.store(student_row + cols, grad)
-
-
-@triton.jit
 def _loss_and_gradient_kernel(
     teacher_ptr, student_ptr, teacher_bias_ptr, student_bias_ptr, label_ptr, loss_ptr,
     V, stride_t, stride_s, weight, scale, cap, ce_weight,
@@ -71,21 +48,25 @@ def _loss_and_gradient_kernel(
     label = -1
     if HAS_LABEL:
         label = tl.load(label_ptr + row).to(tl.int32)
-        _, z = load_pair(pair, label + tl.arange(0, 1), V, HEAD, False)
+        _, z = load_pair(pair, label, V, HEAD, 1)
         loss -= ce_weight * tl.sum((z - student[0]) - tl.log(student[1]), 0)
     tl.store(loss_ptr + row, loss)
     if NEEDS_GRAD:
-        whole = V // BLOCK * BLOCK
-        for first in tl.range(0, whole, BLOCK):
-            _gradient_block(
-                pair, student_row, first, V, teacher, student, total, weight, label, ce_weight,
-                KIND, DETACH, HEAD, BLOCK, False,
-            )  # fmt: skip
-        if whole < V:
-            _gradient_block(
-                pair, student_row, whole, V, teacher, student, total, weight, label, ce_weight,
-                KIND, DETACH, HEAD, BLOCK, True,
-            )  # fmt: skip
+        for first in tl.range(0, V, BLOCK):
+            _, u, q, z = terms_block(
+                pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
+            )
+            cols = first + tl.arange(0, BLOCK)
+            grad = u - q * total + ce_weight * tl.where(cols == label, q - 1.0, q)
+            if HEAD & 8:
+                grad *= 1.0 - (z / cap) * (z / cap)
+            if HEAD & 4:
+                grad *= scale
+            grad = grad.to(student_row.dtype.element_ty)
+            if first + BLOCK <= V:
+                tl.store(student_row + cols, grad)
+            else:
+                tl.store(student_row + cols, grad, mask=cols < V)
 
 
 def launch(teacher, student, biases, labels, needs_grad: bool, options: Options):

@@ -108,42 +108,88 @@ def in_order(w0, w1, w2, w3):
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
+@triton.jit
+def argmax_step(y, first, best):
+    """(largest value, its token) of a row after one more block, which starts at token `first`."""
+    value, index = tl.max(y, 0, return_indices=True)
+    better = value > best[0]  # not >=: of equal values the first wins, as torch.argmax has it
+    return tl.where(better, value, best[0]), tl.where(better, first + index, best[1])
+
+
+@triton.jit
+def noisy_step(z, temperature, first, words, best):
+    """`argmax_step` of z / T + G. Evaluates the noise (two logarithms an entry) only in a block
+    that could win, by a bound for each four entries that share a counter: their largest logit,
+    their least word."""
+    w0, w1, w2, w3 = words
+    least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
+    top = tl.max(tl.reshape(z, (z.shape[0] // 4, 4)), 1)
+    if tl.max(tempered(top, temperature) + gumbel_bound(least), 0) > best[0]:
+        y = tempered(z, temperature) + gumbel_of(in_order(w0, w1, w2, w3))
+        best = argmax_step(y, first, best)
+    return best
+
+
 # ------------------------------------------------------------------------------- softmax
 
 
 @triton.jit
-def load_logits(row_ptr, cols, end, fill, MASKED: tl.constexpr):
-    """Logits of `cols` in float32; `fill` from `end` on. Blocks that lie inside pass MASKED False:
-    a mask whose bound is not a multiple of 16 would keep the loads from being 16 bytes wide."""
+def _load(ptr, cols, end, fill, MASKED: tl.constexpr):
+    """Entries of `cols` in float32. Without a mask where a block lies inside: a bound that is not a
+    multiple of 16 would keep the loads from being 16 bytes wide."""
     if MASKED:
-        z = tl.load(row_ptr + cols, mask=cols < end, other=fill)
+        z = tl.load(ptr + cols, mask=cols < end, other=fill)
     else:
-        z = tl.load(row_ptr + cols)
+        z = tl.load(ptr + cols)
     return z.to(tl.float32)
 
 
 @triton.jit
-def load_pair(pair, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    """(teacher, student) logits of `cols`, -inf from `end` on. pair: the two row pointers; where
+def load_block(row_ptr, first, end, BLOCK: tl.constexpr):
+    """A block of one row's logits, -inf from `end` on. Only the load comes in two kinds: a sweep
+    written out for whole blocks and for the rest takes twice the code and more registers."""
+    cols = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= end:
+        z = _load(row_ptr, cols, end, float("-inf"), False)
+    else:
+        z = _load(row_ptr, cols, end, float("-inf"), True)
+    return z
+
+
+@triton.jit
+def load_pair(pair, first, end, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of (teacher, student) logits, -inf from `end` on. pair: the two row pointers; where
     HEAD is not 0 they point at h W^T, and two bias pointers, a scale and a cap follow:
-    z = cap tanh(scale (h W^T + b) / cap). HEAD is a sum of the flags below."""
+    z = cap tanh(scale (h W^T + b) / cap). HEAD is a sum: teacher bias 1, student bias 2, scale 4,
+    cap 8, no teacher 16."""
+    cols = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= end:
+        zt, zs = _load_both(pair, cols, end, HEAD, False)
+    else:
+        zt, zs = _load_both(pair, cols, end, HEAD, True)
+    return zt, zs
+
+
+@triton.jit
+def _load_both(pair, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
     zs = _head_logits(pair, 1, cols, end, HEAD, MASKED)
-    if HEAD & 16:  # no teacher
-        return zs, zs
-    return _head_logits(pair, 0, cols, end, HEAD, MASKED), zs
+    zt = zs
+    if not HEAD & 16:
+        zt = _head_logits(pair, 0, cols, end, HEAD, MASKED)
+    return zt, zs
 
 
 @triton.jit
 def _head_logits(pair, SIDE: tl.constexpr, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    z = load_logits(pair[SIDE], cols, end, float("-inf"), MASKED)
-    if HEAD & (1 << SIDE):  # teacher_bias 1, student_bias 2
-        z += load_logits(pair[2 + SIDE], cols, end, 0.0, MASKED)
-    if HEAD & 4:  # scale
+    z = _load(pair[SIDE], cols, end, float("-inf"), MASKED)
+    if HEAD & (1 << SIDE):
+        z += _load(pair[2 + SIDE], cols, end, 0.0, MASKED)
+    if HEAD & 4:
         z *= pair[4]
-    if HEAD & 8:  # cap, and masked entries back to -inf
+    if HEAD & 8:
         t = expm1(-2.0 * tl.abs(z / pair[5]))
         z = pair[5] * tl.where(z < 0.0, t, -t) / (2.0 + t)
-        if MASKED:
+        if MASKED:  # the cap has made -inf finite
             z = tl.where(cols < end, z, float("-inf"))
     return z
 
@@ -152,7 +198,7 @@ def _head_logits(pair, SIDE: tl.constexpr, cols, end, HEAD: tl.constexpr, MASKED
 def softmax_start(BLOCK: tl.constexpr):
     """(maximum, sum of e^(z - maximum)) of nothing, kept apart for each of BLOCK lanes: a sweep
     then needs no reduction, no barrier and one exponential an entry."""
-    return tl.full((BLOCK,), -1e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    return tl.full((BLOCK,), -3.4028234663852886e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
 
 
 @triton.jit

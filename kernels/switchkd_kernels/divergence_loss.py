@@ -37,12 +37,8 @@ BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 def softmaxes(pair, V, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """First sweep: (maximum, sum of exponentials) of either row."""
     teacher, student = softmax_start(BLOCK), softmax_start(BLOCK)
-    whole = V // BLOCK * BLOCK
-    for first in tl.range(0, whole, BLOCK):
-        zt, zs = load_pair(pair, first + tl.arange(0, BLOCK), V, HEAD, False)
-        teacher, student = softmax_step(zt, teacher), softmax_step(zs, student)
-    if whole < V:
-        zt, zs = load_pair(pair, whole + tl.arange(0, BLOCK), V, HEAD, True)
+    for first in tl.range(0, V, BLOCK):
+        zt, zs = load_pair(pair, first, V, HEAD, BLOCK)
         teacher, student = softmax_step(zt, teacher), softmax_step(zs, student)
     return softmax_end(teacher), softmax_end(student)
 
@@ -51,10 +47,9 @@ def softmaxes(pair, V, HEAD: tl.constexpr, BLOCK: tl.constexpr):
 def terms_block(
     pair, first, V, teacher, student, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Of one block: terms of L, u, q and the student's logits."""
-    zt, zs = load_pair(pair, first + tl.arange(0, BLOCK), V, HEAD, MASKED)
+    zt, zs = load_pair(pair, first, V, HEAD, BLOCK)
     p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
     value, u = divergence_terms(p, q, d, e, weight, KIND, DETACH)
     return value, u, q, zs
@@ -67,15 +62,9 @@ def totals(
 ):  # fmt: skip
     """Second sweep: L, NaN for a row that is no distribution, and what the gradient takes off."""
     terms, scores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    whole = V // BLOCK * BLOCK
-    for first in tl.range(0, whole, BLOCK):
+    for first in tl.range(0, V, BLOCK):
         value, u, _, _ = terms_block(
-            pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK, False
-        )
-        terms, scores = terms + value, scores + u
-    if whole < V:
-        value, u, _, _ = terms_block(
-            pair, whole, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK, True
+            pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
         )
         terms, scores = terms + value, scores + u
     loss, total = tl.sum(terms, 0), tl.sum(scores, 0)
@@ -133,9 +122,7 @@ def _backward_kernel(
         student = tl.load(saved_ptr + 2 * rows + row), tl.load(saved_ptr + 3 * rows + row)
         total = tl.load(saved_ptr + 4 * rows + row)
         upstream = tl.load(upstream_ptr + row * stride_upstream).to(tl.float32)
-        _, u, q, _ = terms_block(
-            pair, first, V, teacher, student, weight, KIND, DETACH, 0, BLOCK, True
-        )
+        _, u, q, _ = terms_block(pair, first, V, teacher, student, weight, KIND, DETACH, 0, BLOCK)
         grad = upstream * (u - q * total)
         grad = tl.where(cols < V, grad, 0.0)
     grad_row = grad_ptr + row * stride_g

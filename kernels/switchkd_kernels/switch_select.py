@@ -14,19 +14,18 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import reference
 from switchkd_kernels._tl import (
+    argmax_step,
     compare,
-    gumbel_bound,
-    gumbel_of,
-    in_order,
     is_distribution,
     jsd_terms,
     kl_terms,
-    load_logits,
+    load_block,
+    load_pair,
     noise_words,
+    noisy_step,
     softmax_end,
     softmax_start,
     softmax_step,
-    tempered,
     tl,
     triton,
     with_inverse,
@@ -46,92 +45,34 @@ BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
 
 
 @triton.jit
-def _argmax_step(y, first, best):
-    value, index = tl.max(y, 0, return_indices=True)
-    better = value > best[0]  # not >=: of equal values the first wins, as torch.argmax has it
-    return tl.where(better, value, best[0]), tl.where(better, first + index, best[1])
-
-
-@triton.jit
-def _noisy_step(z, temperature, first, words, best):
-    """Evaluates the noise (two logarithms an entry) only in a block that could win, by a bound for
-    each four entries that share a counter: their largest logit, their least word."""
-    w0, w1, w2, w3 = words
-    least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
-    top = tl.max(tl.reshape(z, (z.shape[0] // 4, 4)), 1)
-    if tl.max(tempered(top, temperature) + gumbel_bound(least), 0) > best[0]:
-        y = tempered(z, temperature) + gumbel_of(in_order(w0, w1, w2, w3))
-        best = _argmax_step(y, first, best)
-    return best
-
-
-@triton.jit
-def _scan_block(
-    pair, first, end, teacher, student, seed, counter, temperatures,
-    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    cols = first + tl.arange(0, BLOCK)
-    zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
-    zs = load_logits(pair[1], cols, end, float("-inf"), MASKED)
-    t_lanes, t_best = teacher
-    s_lanes, s_best = student
-    t_lanes, s_lanes = softmax_step(zt, t_lanes), softmax_step(zs, s_lanes)
-    if DRAW_T == 1:
-        if tl.max(zt, 0) > t_best[0]:
-            t_best = _argmax_step(zt, first, t_best)
-    if DRAW_S == 1:
-        if tl.max(zs, 0) > s_best[0]:
-            s_best = _argmax_step(zs, first, s_best)
-    if (DRAW_S == 2) or (DRAW_T == 2):
-        stream: tl.constexpr = _SHARED if DRAW_S == 2 else T_STREAM
-        words = noise_words(seed, first, counter, stream, BLOCK)
-        if DRAW_S == 2:
-            s_best = _noisy_step(zs, temperatures[1], first, words, s_best)
-        if DRAW_T == 2:
-            if stream != T_STREAM:
-                words = noise_words(seed, first, counter, T_STREAM, BLOCK)
-            t_best = _noisy_step(zt, temperatures[0], first, words, t_best)
-    return (t_lanes, t_best), (s_lanes, s_best)
-
-
-@triton.jit
 def _scan(
     pair, start, end, seed, counter, temperatures,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
     logit, its token) of either model."""
-    nothing = float("-inf"), start * 0
-    teacher, student = (softmax_start(BLOCK), nothing), (softmax_start(BLOCK), nothing)
-    whole = start + (end - start) // BLOCK * BLOCK
-    for first in tl.range(start, whole, BLOCK):
-        teacher, student = _scan_block(
-            pair, first, end, teacher, student, seed, counter, temperatures,
-            DRAW_T, DRAW_S, T_STREAM, BLOCK, False,
-        )  # fmt: skip
-    if whole < end:
-        teacher, student = _scan_block(
-            pair, whole, end, teacher, student, seed, counter, temperatures,
-            DRAW_T, DRAW_S, T_STREAM, BLOCK, True,
-        )  # fmt: skip
-    return softmax_end(teacher[0]) + teacher[1], softmax_end(student[0]) + student[1]
-
-
-@triton.jit
-def _measure_block(
-    pair, first, end, teacher, student, rival,
-    METRIC: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    cols = first + tl.arange(0, BLOCK)
-    zt = load_logits(pair[0], cols, end, float("-inf"), MASKED)
-    if METRIC == "rank":
-        return (zt > rival).to(tl.float32)
-    zs = load_logits(pair[1], cols, end, float("-inf"), MASKED)
-    p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
-    if METRIC == "kl":
-        return kl_terms(p, q, d)
-    return jsd_terms(p, q, d, e)
+    t_lanes, s_lanes = softmax_start(BLOCK), softmax_start(BLOCK)
+    t_best = float("-inf"), start * 0
+    s_best = float("-inf"), start * 0
+    for first in tl.range(start, end, BLOCK):
+        zt, zs = load_pair(pair, first, end, 0, BLOCK)
+        t_lanes, s_lanes = softmax_step(zt, t_lanes), softmax_step(zs, s_lanes)
+        if DRAW_T == 1:
+            if tl.max(zt, 0) > t_best[0]:
+                t_best = argmax_step(zt, first, t_best)
+        if DRAW_S == 1:
+            if tl.max(zs, 0) > s_best[0]:
+                s_best = argmax_step(zs, first, s_best)
+        if (DRAW_S == 2) or (DRAW_T == 2):
+            stream: tl.constexpr = _SHARED if DRAW_S == 2 else T_STREAM
+            words = noise_words(seed, first, counter, stream, BLOCK)
+            if DRAW_S == 2:
+                s_best = noisy_step(zs, temperatures[1], first, words, s_best)
+            if DRAW_T == 2:
+                if stream != T_STREAM:
+                    words = noise_words(seed, first, counter, T_STREAM, BLOCK)
+                t_best = noisy_step(zt, temperatures[0], first, words, t_best)
+    return softmax_end(t_lanes) + t_best, softmax_end(s_lanes) + s_best
 
 
 @triton.jit
@@ -139,11 +80,13 @@ def _measure(pair, start, end, teacher, student, rival, METRIC: tl.constexpr, BL
     """Second sweep, over columns [start, end): the divergence in nats, or the teacher's rank of a
     token whose logit is `rival`."""
     terms = tl.zeros((BLOCK,), tl.float32)
-    whole = start + (end - start) // BLOCK * BLOCK
-    for first in tl.range(start, whole, BLOCK):
-        terms += _measure_block(pair, first, end, teacher, student, rival, METRIC, BLOCK, False)
-    if whole < end:
-        terms += _measure_block(pair, whole, end, teacher, student, rival, METRIC, BLOCK, True)
+    for first in tl.range(start, end, BLOCK):
+        if METRIC == "rank":
+            terms += (load_block(pair[0], first, end, BLOCK) > rival).to(tl.float32)
+        else:
+            zt, zs = load_pair(pair, first, end, 0, BLOCK)
+            p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
+            terms += kl_terms(p, q, d) if METRIC == "kl" else jsd_terms(p, q, d, e)
     return tl.sum(terms, 0)
 
 

@@ -1,0 +1,294 @@
+"""`python benchmarks/kernels.py`: every op against its baselines, on a GPU or (small) on a CPU.
+
+Before an implementation is timed its results are compared with the float64 reference. If ours
+differ, the run stops; a peer that differs is named and left out. Then, per case and implementation:
+
+fwd, bwd, full   forward (of a loss: with its gradient to come), backward, both
+... graph        the same as the replay of a CUDA graph, for the few rows of a decoding step
+ceiling          the large copy, the large product and the bare products of a head that were
+                 measured in the same run; `ceiling_share` is relative to them
+
+GB/s counts what an op cannot avoid moving (see `bytes_moved`), so it compares implementations as
+times do. torch.compile is measured where the vocabulary is largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.kernel_cases import (
+    DRAWS,
+    IMPLS,
+    OPS,
+    OURS,
+    Case,
+    bytes_moved,
+    cases,
+    differs,
+    expected,
+    implementations,
+    inputs,
+    leaves,
+)
+from benchmarks.timing import (
+    Row,
+    Timer,
+    Times,
+    captured,
+    copy_ceiling,
+    describe,
+    dtype_name,
+    gemm_ceiling,
+    gemms,
+    open_device,
+    write_csv,
+    write_json,
+)
+
+SETS = 3  # of inputs, used in turn
+FEW_ROWS = 64  # up to so many a CUDA graph is measured, too
+CAPTURABLE = ("triton", "eager", "compile")  # wait for nothing on the device
+
+
+class GateFailed(Exception):
+    """One of our own implementations is wrong: there is nothing to time."""
+
+
+class Bench:
+    """Measures cases on one device and keeps the rows."""
+
+    def __init__(self, device: torch.device, console: Console, quick: bool, minutes: float):
+        self.device, self.console, self.quick = device, console, quick
+        self.start, self.end = time.perf_counter(), time.perf_counter() + 60 * minutes
+        self.timer, self.name = Timer(device), describe(device)
+        self.rows: list[Row] = []
+        self.notes: dict[str, None] = {}  # in order, each once
+
+    def ceilings(self) -> None:
+        copy = copy_ceiling(self.timer, self.name)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        gemm = gemm_ceiling(self.timer, dtype, self.name)
+        self.rows += [copy, gemm]
+        self.copy_gbps = copy.gbps
+        self.console.print(
+            f"copy {copy.gbps:,.0f} GB/s read and written, {gemm.dtype} products "
+            f"{2 * gemm.rows**3 / gemm.median_ms / 1e9:,.1f} TFLOP/s"
+        )
+
+    def op(self, op: str) -> None:
+        first, left_out = len(self.rows), 0
+        for case in cases(op, self.device, self.quick):
+            if time.perf_counter() > self.end:
+                left_out += 1
+                continue
+            rows = self.case(case)
+            self.rows += rows
+            seconds = time.perf_counter() - self.start
+            shown = ", ".join(
+                f"{row.impl} {milliseconds(row.median_ms)}"
+                for row in rows
+                if row.op == op and row.mode == case.mode(base_modes(case)[-1])
+            )
+            self.console.print(
+                f"{seconds:4.0f} s  {case.name()}: {shown}", highlight=False, soft_wrap=True
+            )
+        if left_out:
+            self.notes[f"{op}: {left_out} shapes left out, the time is up (--minutes)"] = None
+        show(self.rows[first:], op, self.console)
+
+    def case(self, case: Case) -> list[Row]:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the last shape would not fit
+        data = [inputs(case, self.device, seed) for seed in range(SETS)]
+        found, absent = implementations(case, self.device, self.quick)
+        for name, reason in absent.items():
+            self.notes[f"not measured: {name} ({reason})"] = None
+        passed, rows = self.gate(case, found, data[0])
+        floor = None
+        if case.op == "linear_divergence_loss":
+            bare = [tuple(x.detach() for x in one) for one in data]
+            floor = self.row(case, "ceiling", "gemms", "full", gemms, lambda i: bare[i % SETS])
+            floor.ceiling_share = 1.0
+            rows.append(floor)
+        for impl, run in passed.items():
+            for mode, timed, prepare in self.modes(case, impl, run, data):
+                rows.append(self.row(case, case.op, impl, mode, timed, prepare, floor))
+        eager = {row.mode: row.median_ms for row in rows if row.impl == "eager"}
+        for row in rows:
+            if row.op == case.op and row.median_ms and eager.get(row.mode):
+                row.speedup_vs_eager = eager[row.mode] / row.median_ms
+        return rows
+
+    def gate(self, case: Case, found: dict[str, Callable], data) -> tuple[dict, list[Row]]:
+        """The implementations that are right, and rows without a time for those out of memory."""
+        want = expected(case, data)
+        passed, rows = {}, []
+        for impl, run in found.items():
+            try:
+                problem = differs(case, impl, run, data, want)
+            except torch.OutOfMemoryError:
+                rows += [self.blank(case, case.op, impl, mode) for mode in base_modes(case)]
+                continue
+            except Exception as error:  # a peer may raise anything
+                problem = f"{type(error).__name__}: {first_line(error)}"
+            if problem is None:
+                passed[impl] = run
+            elif impl in OURS:
+                raise GateFailed(f"{impl} failed the gate of {case.name()}: {problem}")
+            else:
+                self.notes[f"failed its gate: {impl}, {case.name()}: {problem}"] = None
+        return passed, rows
+
+    def modes(self, case: Case, impl: str, run: Callable, data: list[tuple]):
+        """(mode, what is timed, what prepares it) for an implementation."""
+
+        def backward(loss, *to):
+            return torch.autograd.grad(loss, to)
+
+        def full(*args):
+            return torch.autograd.grad(run(*args), leaves(args))
+
+        def fresh(i: int) -> tuple:
+            return data[i % SETS]
+
+        if case.op == "linear_divergence_loss":  # its gradient may come with its value
+            return [("full", full, fresh)]
+        if case.op not in DRAWS:
+            done = lambda i: (run(*fresh(i)), *leaves(fresh(i)))  # noqa: E731
+            return [("fwd", run, fresh), ("bwd", backward, done), ("full", full, fresh)]
+        found = [("fwd", run, fresh)]
+        if self.device.type == "cuda" and case.rows <= FEW_ROWS and impl in CAPTURABLE:
+            try:
+                graphs = [captured(run, one) for one in data]
+            except Exception as error:
+                self.notes[f"no CUDA graph of {impl}, {case.op}: {first_line(error)}"] = None
+            else:
+                found.append(("fwd graph", lambda replay: replay(), lambda i: (graphs[i % SETS],)))
+        return found
+
+    def blank(self, case: Case, op: str, impl: str, mode: str) -> Row:
+        base, *suffix = mode.split()
+        mode = " ".join([case.mode(base), *suffix])
+        dtype = dtype_name(case.dtype)
+        return Row(op, impl, mode, case.rows, case.vocab, dtype, device=self.name)
+
+    def row(
+        self, case: Case, op: str, impl: str, mode: str, run: Callable, prepare: Callable,
+        floor: Row | None = None,
+    ) -> Row:  # fmt: skip
+        """Time and memory; of `floor`, the bare products, or of the copy the share reached."""
+        row = self.blank(case, op, impl, mode)
+        try:
+            times: Times = self.timer(run, prepare)
+            if "graph" not in mode:  # which keeps its memory to itself
+                row.peak_mb = self.timer.peak_mb(run, prepare)
+        except torch.OutOfMemoryError:
+            return row
+        row.p20_ms, row.median_ms, row.p80_ms = times
+        if moved := bytes_moved(case, mode):
+            row.gbps = moved / times.median / 1e6
+            row.ceiling_share = row.gbps / self.copy_gbps
+        elif floor is not None and floor.median_ms:
+            row.ceiling_share = floor.median_ms / times.median
+        return row
+
+
+def base_modes(case: Case) -> list[str]:
+    if case.op in DRAWS:
+        return ["fwd"]
+    return ["full"] if case.op == "linear_divergence_loss" else ["fwd", "bwd", "full"]
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def milliseconds(value: float | None) -> str:
+    return "out of memory" if value is None else f"{value:.3g} ms"
+
+
+def show(rows: list[Row], op: str, console: Console) -> None:
+    """The table of an op. Its second sweep counted, switch_select moves twice as much."""
+    table = Table(title=op)
+    columns = ["rows x V", "mode", "impl", "median ms", "GB/s", "of ceiling", "peak MB", "vs eager"]
+    if op == "switch_select":
+        columns.insert(5, "2 sweeps")
+    for column in columns:
+        left = column in ("mode", "impl")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    def place(row: Row) -> tuple:
+        base, *kind = row.mode.split()
+        impl = ("gemms", *IMPLS).index(row.impl)
+        return row.vocab, row.rows, kind, ("fwd", "bwd", "full").index(base), impl
+
+    for row in sorted(rows, key=place):
+        cells = [
+            f"{row.rows} x {row.vocab}", row.mode, row.impl,
+            cell(row.median_ms, ".4g"), cell(row.gbps, ",.1f"), cell(row.ceiling_share, ".1%"),
+            cell(row.peak_mb, ",.0f"), cell(row.speedup_vs_eager, ".2f"),
+        ]  # fmt: skip
+        if op == "switch_select":
+            cells.insert(5, cell(row.gbps and 2 * row.gbps, ",.1f"))
+        table.add_row(*cells)
+    console.print(table)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", help=f"of {', '.join(OPS)}; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="one shape an op, no torch.compile")
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--csv", help="write the rows to this file")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no shape after so many")
+    args = parser.parse_args(argv)
+    ops = ",".join(args.op).split(",") if args.op else list(OPS)
+    for op in ops:
+        if op not in OPS:
+            parser.error(f"--op must be of {', '.join(OPS)}, got {op!r}")
+
+    try:
+        device = open_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(width=max(Console().width, 110))
+    bench = Bench(device, console, args.quick, args.minutes)
+    console.print(bench.name, highlight=False)
+    try:
+        bench.ceilings()
+        for op in ops:
+            bench.op(op)
+            save(args, bench.rows)  # what is done survives an interruption
+    except GateFailed as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        return 1
+    for note in bench.notes:
+        console.print(note, highlight=False, markup=False)
+    return 0
+
+
+def save(args: argparse.Namespace, rows: list[Row]) -> None:
+    if args.json:
+        write_json(args.json, rows)
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""How the benchmarks measure: repeated runs on a cold cache, memory, ceilings, rows and files.
+
+A time is the median of single runs, with the 20th and 80th percentile beside it. On a GPU events on
+the stream bracket each run, and before it a buffer of three times the second-level cache is *read*:
+one that is written would leave dirty lines, which the run then pays to write back. Launches overlap
+that read, so a time is that of the device unless an op launches more slowly than it computes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchkd.doctor import find_device, processor_name
+
+
+@dataclass
+class Row:
+    """One measurement; None where a column has no meaning, and as time where memory ran out."""
+
+    op: str
+    impl: str
+    mode: str
+    rows: int
+    vocab: int
+    dtype: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    gbps: float | None = None
+    ceiling_share: float | None = None
+    peak_mb: float | None = None
+    speedup_vs_eager: float | None = None
+    device: str = ""
+
+
+FIELDS = tuple(field.name for field in fields(Row))
+
+
+def write_json(path: str, rows: Sequence[Row]) -> None:
+    text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str, rows: Sequence[Row]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of that name, made the current one; by default a GPU if there is one."""
+    device = find_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """Device, versions and commit: what a row must name to be compared with another."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{processor_name()}, {torch.get_num_threads()} threads"
+    try:
+        from triton import __version__ as triton
+    except Exception:  # also a broken installation
+        triton = "none"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    return f"{name}, torch {torch.__version__}, triton {triton}, {commit or 'unknown commit'}"
+
+
+class Times(NamedTuple):
+    """Milliseconds."""
+
+    p20: float
+    median: float
+    p80: float
+
+
+class Timer:
+    """Measures single runs on one device, each after `prepare`, whose time is not counted."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = 0.1 if device.type == "cuda" else 0.04  # of timed runs
+        self.scrub = None
+        if device.type == "cuda":
+            size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            self.scrub = torch.zeros(3 * (size or 64 * 2**20) // 4, device=device)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __call__(
+        self,
+        run: Callable,
+        prepare: Callable[[int], tuple] = lambda _: (),
+    ) -> Times:
+        """Times of run(*prepare(i)), i = 0, 1, ...: 3 to 200 runs, about `seconds` of them."""
+        warm_up = [self._once(run, prepare(i)) for i in range(2)]
+        last = self._milliseconds(warm_up)[-1]
+        count = max(3, min(200, int(1e3 * self.seconds / max(last, 1e-3))))
+        marks = [self._once(run, prepare(i)) for i in range(count)]
+        deciles = statistics.quantiles(self._milliseconds(marks), n=10, method="inclusive")
+        return Times(deciles[1], deciles[4], deciles[7])
+
+    def _once(self, run: Callable, args: tuple) -> tuple:
+        """Beginning and end of a run; nothing that it returns stays alive."""
+        if self.scrub is None:
+            start = time.perf_counter()
+            run(*args)
+            return start, time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scrub.amax()
+        start.record()
+        run(*args)
+        end.record()
+        return start, end
+
+    def _milliseconds(self, marks: list[tuple]) -> list[float]:
+        self.synchronize()
+        if self.scrub is None:
+            return [1e3 * (end - start) for start, end in marks]
+        return [start.elapsed_time(end) for start, end in marks]
+
+    def peak_mb(self, run: Callable, prepare: Callable[[int], tuple]) -> float | None:
+        """Device memory above what was there before `prepare`; None on a CPU: no one counts it."""
+        if self.device.type != "cuda":
+            return None
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run(*prepare(0))
+        self.synchronize()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+
+def captured(run: Callable, args: tuple) -> Callable[[], None]:
+    """The replay of a CUDA graph of run(*args), captured after runs on a side stream."""
+    device = args[0].device
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):  # also restores the stream where a capture fails
+        for _ in range(3):
+            run(*args)
+        with torch.cuda.graph(graph, stream=side):
+            run(*args)
+    torch.cuda.current_stream(device).wait_stream(side)
+    return graph.replay
+
+
+def copy_ceiling(timer: Timer, device_name: str) -> Row:
+    """Bandwidth of a large copy: `vocab` bytes read and as many written."""
+    size = (2**30 if timer.device.type == "cuda" else 2**26) // 4
+    source = torch.zeros(size, device=timer.device)
+    target = torch.empty_like(source)
+    times = timer(target.copy_, lambda _: (source,))
+    gbps = 2 * source.nbytes / times.median / 1e6
+    return Row(
+        "ceiling", "copy", "copy", 1, source.nbytes, "float32", times.median, times.p20, times.p80,
+        gbps, ceiling_share=1.0, device=device_name,
+    )  # fmt: skip
+
+
+def gemm_ceiling(timer: Timer, dtype: torch.dtype, device_name: str) -> Row:
+    """Time of one (n, n) by (n, n) product, 2 n^3 operations."""
+    n = 8192 if timer.device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=timer.device).to(dtype) for _ in range(2))
+    times = timer(torch.mm, lambda _: (a, b))
+    return Row(
+        "ceiling", "gemm", f"gemm k={n}", n, n, dtype_name(dtype), times.median, times.p20,
+        times.p80, ceiling_share=1.0, device=device_name,
+    )  # fmt: skip
+
+
+def gemms(hidden_t: Tensor, weight_t: Tensor, hidden_s: Tensor, weight_s: Tensor) -> tuple:
+    """The four products that no loss of two heads can do without, 2 N V (Ht + 3 Hs) operations:
+    both logits, and the student's gradients (of logits as large as the gradient would be)."""
+    teacher = hidden_t @ weight_t.t()
+    student = hidden_s @ weight_s.t()
+    return teacher, student @ weight_s, student.t() @ hidden_s

@@ -1,0 +1,258 @@
+"""Tokens drawn from logits after top-k, top-p and min-p, without a sort.
+
+    x = z / T      token = argmax of x_v + G(seed, sequence id, position, v) over the kept v
+
+Every filter keeps all tokens from some value of x up, ties included: below a token that is not kept
+none is. So the value need not be known. Draw from a superset and look at the winner alone; if it is
+not kept, draw again from what lies strictly above it. A winner that is kept has won against every
+kept token. Noise does not change from round to round, and a filter that leaves the mass m refuses
+the first winner with probability 1 - m. Top-k alone finds its value first, by bisection.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from switchkd_kernels import _backend as backend
+from switchkd_kernels import _checks as check
+from switchkd_kernels import reference
+from switchkd_kernels._tl import (
+    argmax_step,
+    is_distribution,
+    load_block,
+    noise_words,
+    noisy_step,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    tempered,
+    tl,
+    triton,
+    with_inverse,
+)
+from switchkd_kernels.noise import STREAM_TOKEN
+
+# A program a row. In blocks of 2048 a thread of 8 warps has 8 logits, one 16-byte load in bf16, and
+# less than 128 registers with nothing spilled, so that two programs share a multiprocessor; blocks
+# of 4096 take more than that.
+BLOCK, WARPS = 2048, 8
+
+
+@triton.jit
+def _draw(
+    row_ptr, V, floor, below, seed, counter, temperature,
+    GREEDY: tl.constexpr, FILTERED: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x >= floor and > below; of
+    z and the largest z / T + G where not FILTERED."""
+    lanes = softmax_start(BLOCK)
+    best = float("-inf"), V * 0
+    for first in tl.range(0, V, BLOCK):
+        x = load_block(row_ptr, first, V, BLOCK)
+        rest = temperature  # what is left to divide by
+        can_win = True
+        if FILTERED:
+            x = tempered(x, temperature)
+            rest = 1.0, 1.0
+            x = tl.where((x < floor) | (x <= below), float("-inf"), x)  # NaN stays, and is found
+            can_win = tl.max(x, 0) + 23.0 > best[0]  # noise ends at 22.9
+        lanes = softmax_step(x, lanes)
+        if GREEDY:
+            if tl.max(x, 0) > best[0]:
+                best = argmax_step(x, first, best)
+        else:
+            if can_win:
+                words = noise_words(seed, first, counter, STREAM, BLOCK)
+                best = noisy_step(x, rest, first, words, best)
+    return softmax_end(lanes) + best
+
+
+@triton.jit
+def _mass_above(row_ptr, V, temperature, value, top, BLOCK: tl.constexpr):
+    """Sum of e^(x - top) over x > value: 0, or at least 1, as the maximum is among them."""
+    terms = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, V, BLOCK):
+        x = tempered(load_block(row_ptr, first, V, BLOCK), temperature)
+        terms += tl.where(x > value, tl.exp(x - top), 0.0)
+    return tl.sum(terms, 0)
+
+
+@triton.jit
+def _count(row_ptr, V, pivot, BLOCK: tl.constexpr):
+    """How many logits are at least `pivot` > -inf, the least of them, and the most below it."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
+    most = -least
+    for first in tl.range(0, V, BLOCK):
+        z = load_block(row_ptr, first, V, BLOCK)
+        count += (z >= pivot).to(tl.int32)
+        least = tl.minimum(least, tl.where(z >= pivot, z, float("inf")))
+        most = tl.maximum(most, tl.where(z < pivot, z, float("-inf")))
+    return tl.sum(count, 0), tl.min(least, 0), tl.max(most, 0)
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float32 to an int32 of the same order; the same step leads back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(row_ptr, V, k, BLOCK: tl.constexpr):
+    """The logit of rank k < V, exactly: bisection on its bits in order. The bracket shrinks to
+    logits that are there: about 15 sweeps, at most 17 for logits of 16 bits and 32 for others."""
+    low, high = -0x7F800001, 0x7F800000  # -inf and +inf
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, within 32 bits
+        pivot = _ordered(middle).to(tl.float32, bitcast=True)
+        count, least, most = _count(row_ptr, V, pivot, BLOCK)
+        # Beyond the middle at least: -0 and +0 are equal and differ in bits, NaN may leave nothing.
+        least = tl.maximum(_ordered(least.to(tl.int32, bitcast=True)), middle)
+        most = tl.minimum(_ordered(most.to(tl.int32, bitcast=True)), middle - 1)
+        low = tl.where(count >= k, least, low)
+        high = tl.where(count > k, high, tl.where(count == k, least, most))
+    return _ordered(low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, id_ptr, position_ptr, token_ptr,
+    V, stride, stride_id, stride_position,
+    seed: tl.int64, temperature, inverse, top_k, top_p, log_min_p,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program draws for a row. floor: what top-k and min-p keep starts here; below: the last
+    winner, refused; limit: the mass above a token for which top-p refuses it."""
+    FILTERED: tl.constexpr = TOP_K or TOP_P or MIN_P
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
+    T = temperature, inverse
+    floor, below, limit, token = float("-inf"), float("-inf"), 0.0, V * 0
+    if TOP_K:
+        floor = tempered(_kth_largest(row_ptr, V, top_k, BLOCK), T)
+    rejected = True
+    while rejected:
+        top, mass, _, token = _draw(
+            row_ptr, V, floor, below, seed, counter, T, GREEDY, FILTERED, STREAM, BLOCK
+        )
+        rejected = False
+        if FILTERED:
+            # The maximum is the same in every round, the mass largest in the first: that of all
+            # that top-k leaves, of which top-p keeps its share.
+            value = tempered(tl.load(row_ptr + token).to(tl.float32), T)
+            floor = tl.maximum(floor, top + log_min_p)
+            rejected = value < floor
+            if TOP_P:
+                limit = tl.maximum(limit, top_p * mass)
+                above = _mass_above(row_ptr, V, T, value, top, BLOCK)
+                rejected = rejected | (above >= limit)
+            rejected = rejected & is_distribution(mass)
+            below = value
+        token = tl.where(is_distribution(mass), token, -1)
+    tl.store(token_ptr + row, token.to(tl.int64))
+
+
+def _launch(
+    logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
+) -> Tensor:
+    rows, device = logits.shape[0], logits.device
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    greedy = temperature == 0
+    with backend.on(device):
+        _sample_kernel[(rows,)](
+            logits, ids, positions, token,
+            vocab_size, logits.stride(0), ids.stride(0), positions.stride(0),
+            seed, *with_inverse(temperature or 1.0), top_k if top_k < vocab_size else 0,
+            max(top_p, 1e-30),  # either keeps the maximum alone, but 0 would keep nothing
+            math.log(min_p) if min_p else -math.inf,
+            GREEDY=greedy,
+            TOP_K=0 < top_k < vocab_size and not greedy,
+            TOP_P=top_p < 1 and not greedy,
+            MIN_P=min_p > 0 and not greedy,
+            STREAM=stream, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return token
+
+
+@torch.library.custom_op("switchkd::sample", mutates_args=())
+def _op(
+    logits: Tensor, ids: Tensor, positions: Tensor,
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float,
+    vocab_size: int, stream: int, model: str,
+) -> Tensor:  # fmt: skip
+    """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
+    if backend.choose(None, logits) == "triton":
+        return _launch(
+            logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
+        )
+    return reference.sample(
+        logits, seed=seed % 2**64, sequence_ids=ids, positions=positions, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, vocab_size=vocab_size, stream=stream, model=model,
+    )  # fmt: skip
+
+
+@_op.register_fake
+def _(logits, *args):
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    seed: int,
+    sequence_ids: Tensor | int | list[int],
+    positions: Tensor | int | list[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    vocab_size: int | None = None,
+    stream: int = STREAM_TOKEN,
+    model: str = "student",
+    impl: str | None = None,
+) -> Tensor:
+    """(M,) int64 tokens drawn from (M, Vp) logits: a function of (logits, seed, id, position).
+
+    y = argmax(z / T + G) over the first `vocab_size` columns (default all), after the filters in
+    the order of Hugging Face transformers: temperature, top_k (0 is off), top_p (1 is off), min_p
+    (0 is off); tokens that tie with a filter's threshold all stay. Temperature 0 is greedy, the
+    first of equal logits, and looks at no filter. Source: Maddison et al. 2014 (Gumbel-max).
+    `sequence_ids` and `positions` are (M,) integers or one integer; `stream` picks one of 256
+    independent fields G; `model` is named in errors. impl: None (Triton for float32, float16 and
+    bfloat16 on a GPU, else reference), "triton" or "reference".
+    Raises ValueError and TypeError, and InvalidLogits in the reference. On a GPU nothing waits for
+    the device: a row that defines no distribution (NaN, +inf, all -inf, or z / T beyond float32
+    where it is filtered) comes back as token -1; ids and positions that are already on the device
+    are not checked. Rows may have any stride.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (rows, vocabulary), got {tuple(logits.shape)}")
+    chosen = backend.choose(impl, logits)
+    if chosen == "reference" and not torch.compiler.is_compiling():
+        return reference.sample(
+            logits, seed=seed, sequence_ids=sequence_ids, positions=positions,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            vocab_size=vocab_size, stream=stream, model=model,
+        )  # fmt: skip
+    check.compute_dtype(logits)
+    if not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+    check.number("top_k", top_k, 0, math.inf)
+    check.number("min_p", min_p, 0, 1)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    check.one_of("stream", stream, range(256))
+    rows, device = logits.shape[0], logits.device
+    args = (
+        check.unit_stride(logits.detach()),
+        check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
+        check.per_row("positions", positions, rows, device, limit=2**32),
+        backend.signed(check.seed(seed)),
+        check.temperature("temperature", temperature),
+        top_k, float(top_p), float(min_p),
+        check.shared_vocab(logits.shape[-1], logits.shape[-1], vocab_size), stream,
+    )  # fmt: skip
+    return _op(*args, model) if torch.compiler.is_compiling() else _launch(*args)

@@ -1,0 +1,233 @@
+"""benchmarks/kernels.py on small shapes: rows as promised, a gate that stops what is wrong."""
+
+import csv
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import kernel_cases, kernels, sweep_kernels, timing
+from benchmarks.kernel_cases import Case, bytes_moved
+
+CPU = torch.device("cpu")
+KEYS = [
+    "op", "impl", "mode", "rows", "vocab", "dtype", "median_ms", "p20_ms", "p80_ms", "gbps",
+    "ceiling_share", "peak_mb", "speedup_vs_eager", "device",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """One tiny shape an op, and no peer: importing them takes longer than everything here."""
+
+    def one(op, device, quick):
+        kind, widths = "", (0, 0)
+        if op == "linear_divergence_loss":
+            kind, widths = "generalized_jsd", (8, 12)
+        elif op == "divergence_loss":
+            kind = "skew_reverse_kl"
+        return [Case(op, 4, 300, torch.float32, kind, widths)]
+
+    def absent(case):
+        raise ModuleNotFoundError("a peer")
+
+    monkeypatch.setattr(kernels, "cases", one)
+    for peer in ("trl", "orda"):
+        monkeypatch.setattr(kernel_cases, peer, absent)
+
+
+def test_every_op_writes_the_promised_rows(tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("rows.json", "rows.csv")]
+    command = ["--quick", "--device", "cpu", "--json", paths[0], "--csv", paths[1]]
+    assert kernels.main([*command, "--op", "switch_select,sample,jsd", "--op", "divergence_loss",
+                         "--op", "linear_divergence_loss"]) == 0  # fmt: skip
+    with open(paths[0], encoding="utf-8") as file:
+        rows = json.load(file)
+    with open(paths[1], encoding="utf-8") as file:
+        assert [row["op"] for row in csv.DictReader(file)] == [row["op"] for row in rows]
+    for row in rows:
+        assert list(row) == KEYS
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] < math.inf
+        assert row["peak_mb"] is None and row["device"]
+        if row["op"] != "ceiling":
+            assert row["ceiling_share"] > 0 and 0 < row["speedup_vs_eager"] < math.inf
+            assert (row["gbps"] is None) == (row["op"] == "linear_divergence_loss")
+    found = {(row["op"], row["impl"], row["mode"]) for row in rows}
+    ours = {
+        "switch_select": ["fwd"],
+        "sample": ["fwd"],
+        "jsd": ["fwd", "bwd", "full"],
+        "divergence_loss": [f"{mode} skew_reverse_kl" for mode in ("fwd", "bwd", "full")],
+        "linear_divergence_loss": ["full generalized_jsd 8/12"],
+    }
+    want = {
+        (op, impl, mode)
+        for op, modes in ours.items()
+        for mode in modes
+        for impl in ("reference", "eager")
+    }
+    want |= {("ceiling", "copy", "copy"), ("ceiling", "gemm", "gemm k=512")}
+    assert found == want | {("ceiling", "gemms", "full generalized_jsd 8/12")}
+    out = capsys.readouterr().out
+    for line in (
+        "triton (needs a GPU: its interpreter is never timed)",
+        "compile (left out of --quick)",
+        "liger (needs a GPU)",
+        "trl (not installed)",
+    ):
+        assert f"not measured: {line}" in out
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        ("switch_select", "teacher's log-probability off by"),
+        ("sample", "below the largest perturbed logit"),
+        ("divergence_loss", "expected"),
+    ],
+)
+def test_one_of_ours_that_is_wrong_stops_the_run(op, message, monkeypatch, capsys):
+    right = getattr(kernel_cases, op)
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        if op == "switch_select":
+            return out._replace(token=(out.token + 1) % 300)
+        return (out + 1) % 300 if op == "sample" else 1.001 * out
+
+    monkeypatch.setattr(kernel_cases, op, wrong)
+    assert kernels.main(["--quick", "--device", "cpu", "--op", op]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"reference failed the gate of {op} 4 x 300" in out
+    assert message in out
+
+
+def test_a_wrong_gradient_writer_or_divergence_is_found():
+    case = Case("jsd", 4, 300, torch.float32)
+    data = kernel_cases.inputs(case, CPU, 0)
+    want = kernel_cases.expected(case, data)
+    run = kernel_cases.eager(case)
+
+    def half(t, s):
+        loss = run(t, s)
+        return loss.detach() + 0.5 * (loss - loss.detach())
+
+    assert kernel_cases.differs(case, "eager", run, data, want) is None
+    assert "gradient off by 0.5" in kernel_cases.differs(case, "eager", half, data, want)
+
+    case = Case("switch_select", 4, 300, torch.float32)
+    data = kernel_cases.inputs(case, CPU, 0)
+    want = kernel_cases.expected(case, data)
+    run = kernel_cases.ours(case, "reference")
+    changes = {
+        "1 of 4 writers differ": lambda got: got.from_teacher.logical_xor(torch.arange(4) == 2),
+        "divergence off by 0.01": lambda got: got.divergence + 0.01,
+        "student's log-probability off by": lambda got: got.student_logprob - 0.01,
+    }
+    fields = "from_teacher", "divergence", "student_logprob"
+    for field, (message, change) in zip(fields, changes.items(), strict=True):
+
+        def wrong(*args, field=field, change=change):
+            got = run(*args)
+            return got._replace(**{field: change(got)})
+
+        assert message in kernel_cases.differs(case, "reference", wrong, data, want)
+
+
+def test_a_peer_that_is_wrong_or_out_of_memory_is_not_timed(monkeypatch, capsys, tmp_path):
+    def too_large(case):
+        def run(*heads):
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+        return run
+
+    def wrong(case):
+        return lambda *heads: sum(x.sum() for x in heads)
+
+    monkeypatch.setattr(kernel_cases, "trl", too_large)
+    monkeypatch.setattr(kernel_cases, "orda", wrong)
+    path = str(tmp_path / "rows.json")
+    options = ["--quick", "--device", "cpu", "--json", path]
+    assert kernels.main([*options, "--op", "linear_divergence_loss"]) == 0
+    with open(path, encoding="utf-8") as file:
+        rows = {row["impl"]: row for row in json.load(file)}
+    assert "orda" not in rows
+    assert rows["trl"]["median_ms"] is None and rows["trl"]["speedup_vs_eager"] is None
+    assert rows["reference"]["median_ms"] > 0
+    assert (
+        "failed its gate: orda, linear_divergence_loss 4 x 300 generalized_jsd 8/12: value"
+        in " ".join(capsys.readouterr().out.split())
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "passes"),
+    [
+        ("switch_select", "fwd graph", 2), ("sample", "fwd", 1), ("jsd", "fwd", 2),
+        ("divergence_loss", "bwd skew_kl", 3), ("divergence_loss", "full skew_kl", 5),
+        ("linear_divergence_loss", "full skew_kl 8/12", 0),
+    ],
+)  # fmt: skip
+def test_bytes_by_hand(op, mode, passes):
+    assert bytes_moved(Case(op, 3, 10, torch.bfloat16), mode) == passes * 3 * 10 * 2
+
+
+def test_shares_of_ceilings(monkeypatch):
+    """2 rows of 8 bytes a ms in 1e-3 of the copy; half the time of the products."""
+    bench = kernels.Bench(CPU, None, True, 1.0)
+    bench.copy_gbps = 0.016
+    monkeypatch.setattr(bench, "timer", lambda run, prepare: timing.Times(0.5, 1.0, 2.0))
+    bench.timer.peak_mb = lambda run, prepare: None
+    row = bench.row(Case("jsd", 1, 2000, torch.float32), "jsd", "eager", "fwd", None, None)
+    assert row.gbps == pytest.approx(0.016) and row.ceiling_share == pytest.approx(1.0)
+    case = Case("linear_divergence_loss", 1, 2000, torch.float32, "tvd", (3, 4))
+    floor = bench.row(case, "ceiling", "gemms", "full", None, None)
+    floor.median_ms = 0.5
+    row = bench.row(case, case.op, "eager", "full", None, None, floor)
+    assert row.ceiling_share == 0.5 and row.gbps is None and row.mode == "full tvd 3/4"
+
+
+def test_an_unknown_op_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--op", "softmax"])
+    assert "got 'softmax'" in capsys.readouterr().err
+
+
+def test_shapes_of_a_gpu(monkeypatch):
+    """Of the cases for a GPU, which need none to be listed."""
+    monkeypatch.undo()
+    gpu = torch.device("cuda")
+    found = kernel_cases.cases("switch_select", gpu, False)
+    assert len(found) == 6 * 4 and all(case.dtype == torch.bfloat16 for case in found)
+    assert [case.rows for case in found if case.compiled] == [1, 32, 1024]
+    linear = kernel_cases.cases("linear_divergence_loss", gpu, False)
+    assert {case.widths for case in linear} == {(896, 3584), (4096, 4096)} and len(linear) == 16
+    for op in kernel_cases.OPS:
+        quick = kernel_cases.cases(op, gpu, True)
+        assert 1 <= len(quick) <= 2 and {case.vocab for case in quick} == {151936}
+
+
+def test_the_sweep_needs_a_gpu_and_finds_the_constants(capsys):
+    if not torch.cuda.is_available():
+        assert sweep_kernels.main([]) == 2
+        assert capsys.readouterr().out.count("\n") == 1
+    for op in sweep_kernels.OPS:
+        module = importlib.import_module(f"switchkd_kernels.{op}")
+        found = sweep_kernels.launch_constants(module)
+        assert {"BLOCK", "WARPS"} <= set(found) and "NOISE" not in found
+
+
+def test_the_sweep_varies_a_block_with_its_warps():
+    calls = []
+
+    def measure(point):
+        calls.append(point)
+        tile = abs(point["BLOCK"] - 4) + 3 * abs(point["WARPS"] * 2 - point["BLOCK"])
+        return tile + abs(point["REGISTERS"] - 5)
+
+    grid = {"BLOCK": (2, 4, 8), "REGISTERS": (5, 6), "WARPS": (1, 2, 4)}
+    best = sweep_kernels.descend(grid, {"BLOCK": 8, "REGISTERS": 6, "WARPS": 4}, measure)
+    assert best == {"BLOCK": 4, "REGISTERS": 5, "WARPS": 2}
+    assert len(calls) == 9 + 1 + 8  # all tiles, the other registers, all other tiles again
