@@ -13,7 +13,14 @@ import torch
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels._tl import load_pair, tl, triton
-from switchkd_kernels.divergence_loss import BLOCK, WARPS, softmaxes, terms_block, totals
+from switchkd_kernels.divergence_loss import (
+    BLOCK,
+    MORE_REGISTERS,
+    WARPS,
+    softmaxes,
+    terms_block,
+    totals,
+)
 from switchkd_kernels.rowwise import Form, compare, gradients, values
 
 
@@ -75,6 +82,8 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
     flags = [biases[0] is not None, biases[1] is not None, options.logit_scale != 1,
              options.softcap != 0, teacher is None]  # fmt: skip
     teacher = student if teacher is None else teacher
+    # The cap's tanh needs more registers than the compiler takes by itself.
+    registers = backend.at_most(MORE_REGISTERS, student.device) if options.softcap else {}
     with backend.on(student.device):
         _loss_and_gradient_kernel[(student.shape[0],)](
             teacher, student, *biases, labels, loss,
@@ -82,7 +91,7 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
             options.weight, options.logit_scale, options.softcap, options.ce_weight,
             KIND=options.kind, DETACH=options.detach,
             HEAD=sum(flag << i for i, flag in enumerate(flags)), HAS_LABEL=labels is not None,
-            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=WARPS,
+            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=WARPS, **registers,
         )  # fmt: skip
     return loss, student
 

@@ -291,7 +291,8 @@ def difference(p, q, d):
 def divergence_terms(p, q, d, e, weight, KIND: tl.constexpr, DETACH: tl.constexpr):
     """Terms of rowwise.values, and u = q dL/dq of rowwise.gradients: dL/dz = u - q sum u.
 
-    The two share their logarithms. For KL(p||q) u is q - p and stands for the gradient itself.
+    The two share their logarithms. For KL(p||q) u is q - p, the gradient itself: the sum that is
+    taken off is 0 but for rounding, which it takes off, too.
     """
     if KIND == "cross_entropy":  # no teacher, and its own terms are added elsewhere
         return p * 0.0, p * 0.0

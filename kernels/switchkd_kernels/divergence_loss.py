@@ -29,7 +29,9 @@ from switchkd_kernels.rowwise import compare as compare_rows
 
 # Launch parameters; benchmarks/sweep_kernels.py measures them. As in switch_select.py, a thread of
 # forward holds 8 logits of either row. Backward is elementwise: 16 a thread, many programs.
-BLOCK, WARPS = 2048, 8
+# The compiler's own choice of registers leaves room for three programs on a multiprocessor; rows
+# that do not begin at multiples of 16 entries are loaded in pieces, and there it spilt.
+BLOCK, WARPS, MORE_REGISTERS = 2048, 8, 128
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 
 
@@ -60,7 +62,7 @@ def totals(
     pair, V, teacher, student, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Second sweep: L, NaN for a row that is no distribution, and what the gradient takes off."""
+    """Second sweep: L, and sum u that the gradient takes off; NaN for a row that defines none."""
     terms, scores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, V, BLOCK):
         value, u, _, _ = terms_block(
@@ -70,10 +72,8 @@ def totals(
     loss, total = tl.sum(terms, 0), tl.sum(scores, 0)
     if KIND == "jsd":
         loss = tl.minimum(loss, 0.6931471805599453)
-    if KIND == "kl_teacher_student":  # u is the gradient itself
-        total = 0.0
     valid = is_distribution(teacher[1]) & is_distribution(student[1])
-    return tl.where(valid, loss, float("nan")), total
+    return tl.where(valid, loss, float("nan")), tl.where(valid, total, float("nan"))
 
 
 @triton.jit
@@ -136,12 +136,16 @@ def _forward(
     """(M,) nats, 0 in masked rows, and (5, M) floats for backward."""
     rows = student.shape[0]
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    saved = torch.empty(5, rows, dtype=torch.float32, device=student.device)
+    aligned = vocab_size % 16 == teacher.stride(0) % 16 == student.stride(0) % 16 == 0
+    options = {} if aligned else backend.at_most(MORE_REGISTERS, student.device)
+    empty = torch.empty if mask is None else torch.zeros  # a masked row saves nothing
+    saved = empty(5, rows, dtype=torch.float32, device=student.device)
     with backend.on(student.device):
         _forward_kernel[(rows,)](
             teacher, student, mask, loss, saved,
             rows, vocab_size, teacher.stride(0), student.stride(0), weight,
-            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, BLOCK=BLOCK, num_warps=WARPS,
+            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, BLOCK=BLOCK,
+            num_warps=WARPS, **options,
         )  # fmt: skip
     return loss, saved
 

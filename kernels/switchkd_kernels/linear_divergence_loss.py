@@ -81,6 +81,7 @@ def _walk(teacher, student, biases, labels, needs, options, weight_grad, scale, 
             _accumulate(weight_grad[:size], grad.t(), hidden[part], scale)
         if needs[2]:
             grad_bias[:size] += grad.sum(0, dtype=dtype)
+        del z_s, z_t, grad  # before the next chunk takes as much
     return loss, grad_hidden, weight_grad, grad_bias
 
 
