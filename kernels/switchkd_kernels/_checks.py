@@ -110,8 +110,15 @@ def seed(value: int) -> int:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def per_row(name: str, value, rows: int, device: torch.device, limit: int | None = None) -> Tensor:
-    """One float32, or one int64 below `limit`, a row: (rows,), of stride 0 for a single number.
+def per_row(
+    name: str,
+    value,
+    rows: int,
+    device: torch.device,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """One int64 below `limit`, or without one of `dtype`, a row: (rows,), stride 0 for a number.
 
     Values that are on an accelerator already are not looked at: that would wait for the device.
     """
@@ -121,7 +128,6 @@ def per_row(name: str, value, rows: int, device: torch.device, limit: int | None
         tensor = integers(name, tensor, limit)
     if limit is None and visible and bool(tensor.isnan().any()):
         raise ValueError(f"{name} must be a number in every row, got NaN")
-    dtype = torch.float32 if limit is None else torch.int64
     if isinstance(value, Tensor | list | tuple):
         tensor = tensor.to(device, dtype)
     else:  # filled there: a copy from the host could not be captured in a CUDA graph

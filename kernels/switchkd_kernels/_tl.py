@@ -227,9 +227,10 @@ def compare(zt, zs, t_top, t_total, s_top, s_total):
     """(p, q, d, e): probabilities, d = log q - log p (0 where both vanish), e = e^-|d|.
 
     The larger of p and q by one exponential, the smaller as its product with e. d is the difference
-    of the logits less that of the log-sum-exps, which errs by about one rounding.
+    of the logits, less that of the maxima, which takes any offset with it, less that of the logs of
+    the sums, which errs by about one rounding.
     """
-    d = (zs - zt) - ((s_top - t_top) + tl.log(s_total / t_total))
+    d = ((zs - zt) - (s_top - t_top)) - tl.log(s_total / t_total)
     d = tl.where(d == d, d, 0.0)  # -inf in both rows
     e = tl.exp(-tl.abs(d))
     q_leads = d > 0.0

@@ -262,10 +262,11 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
     if backend.choose(None, teacher, student) == "triton":
-        return _launch(
+        token, writer, *values = _launch(
             teacher, student, threshold, ids, positions, teacher_token, student_token,
             seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
         )  # fmt: skip
+        return token, writer, *(value.clone() for value in values)  # outputs must not share memory
     return tuple(
         reference.switch_select(
             teacher, student, threshold, seed=seed % 2**64, sequence_ids=ids, positions=positions,
@@ -336,7 +337,7 @@ def switch_select(
         )  # fmt: skip
     check.one_of("metric", metric, ("jsd", "kl", "rank"))
     check.one_of("base", base, (2, "e"))
-    check.compute_dtype(teacher_logits, student_logits)
+    dtype = check.compute_dtype(teacher_logits, student_logits)
     rows, device = teacher_logits.shape[0], teacher_logits.device
     size = check.shared_vocab(teacher_logits.shape[-1], student_logits.shape[-1], vocab_size)
     tokens = [
@@ -346,7 +347,7 @@ def switch_select(
     args = (
         check.unit_stride(teacher_logits.detach()),
         check.unit_stride(student_logits.detach()),
-        check.per_row("threshold", threshold, rows, device),
+        check.per_row("threshold", threshold, rows, device, dtype=dtype),
         check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
         check.per_row("positions", positions, rows, device, limit=2**32),
         *tokens,
