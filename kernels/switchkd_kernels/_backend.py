@@ -78,3 +78,9 @@ def signed(seed: int) -> int:
 def at_most(registers: int, device: torch.device) -> dict:
     """The launch option that caps a thread's registers, where the compiler knows it (NVIDIA)."""
     return {} if torch.version.hip or device.type == "xpu" else {"maxnreg": registers}
+
+
+def warps(count: int) -> int:
+    """Half as many on AMD, whose warps are twice as wide: a thread then still has 16 bytes to load
+    in one piece."""
+    return max(1, count // 2) if torch.version.hip else count

@@ -51,14 +51,16 @@ def _loss_and_gradient_kernel(
         teacher_ptr + row * stride_t, student_row, teacher_bias_ptr, student_bias_ptr, scale, cap
     )  # fmt: skip
     teacher, student = softmaxes(pair, V, HEAD, BLOCK)
-    loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK)
+    loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, HEAD, NEEDS_GRAD, BLOCK)
     label = -1
     if HAS_LABEL:
         label = tl.load(label_ptr + row).to(tl.int32)
-        _, z = load_pair(pair, label, V, HEAD, 1)
-        loss -= ce_weight * tl.sum((z - student[0]) - tl.log(student[1]), 0)
+        _teacher, mine = load_pair(pair, label, V, HEAD, 1)
+        loss -= ce_weight * tl.sum((mine - student[0]) - tl.log(student[1]), 0)
     tl.store(loss_ptr + row, loss)
     if NEEDS_GRAD:
+        if HAS_LABEL:
+            tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
         for first in tl.range(0, V, BLOCK):
             _, u, q, z = terms_block(
                 pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
@@ -91,7 +93,7 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
             options.weight, options.logit_scale, options.softcap, options.ce_weight,
             KIND=options.kind, DETACH=options.detach,
             HEAD=sum(flag << i for i, flag in enumerate(flags)), HAS_LABEL=labels is not None,
-            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=WARPS, **registers,
+            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=backend.warps(WARPS), **registers,
         )  # fmt: skip
     return loss, student
 

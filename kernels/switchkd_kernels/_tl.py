@@ -20,10 +20,16 @@ except Exception as error:  # a broken installation must not take the reference 
             return value
 
         @staticmethod
-        def jit(function):
-            return function
+        def jit(function=None, **_options):
+            return function or _StandIn.jit
 
     triton = tl = _StandIn
+
+
+@triton.jit
+def exp(x):
+    """e^x by one instruction; a library exponential spends three more on results below 2^-126."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -51,7 +57,7 @@ def exp_tail(x):
 
 @triton.jit
 def expm1(x):
-    return tl.where(tl.abs(x) < 0.5, x + 0.5 * x * x * exp_tail(x), tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, x + 0.5 * x * x * exp_tail(x), exp(x) - 1.0)
 
 
 # ------------------------------------------------------------------------------- noise
@@ -205,7 +211,7 @@ def softmax_start(BLOCK: tl.constexpr):
 def softmax_step(z, lanes):
     """`lanes` after one more block: of e^(z - new) and e^(old - new) one is always 1."""
     top, total = lanes
-    e = tl.exp(-tl.abs(z - top))
+    e = exp(-tl.abs(z - top))
     return tl.maximum(top, z), tl.where(z > top, total * e + 1.0, total + e)
 
 
@@ -214,7 +220,7 @@ def softmax_end(lanes):
     """Maximum and sum of e^(z - maximum) of a row. For a row that defines no distribution the sum
     is NaN (it holds a NaN or +inf) or 0 (all -inf): `is_distribution` tells."""
     top = tl.max(lanes[0], 0)
-    return top, tl.sum(lanes[1] * tl.exp(lanes[0] - top), 0)
+    return top, tl.sum(lanes[1] * exp(lanes[0] - top), 0)
 
 
 @triton.jit
@@ -232,9 +238,9 @@ def compare(zt, zs, t_top, t_total, s_top, s_total):
     """
     d = ((zs - zt) - (s_top - t_top)) - tl.log(s_total / t_total)
     d = tl.where(d == d, d, 0.0)  # -inf in both rows
-    e = tl.exp(-tl.abs(d))
+    e = exp(-tl.abs(d))
     q_leads = d > 0.0
-    larger = tl.exp(tl.where(q_leads, zs - s_top, zt - t_top))
+    larger = exp(tl.where(q_leads, zs - s_top, zt - t_top))
     larger *= tl.where(q_leads, 1.0 / s_total, 1.0 / t_total)
     return tl.where(q_leads, larger * e, larger), tl.where(q_leads, larger, larger * e), d, e
 

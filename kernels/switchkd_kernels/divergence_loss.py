@@ -60,7 +60,8 @@ def terms_block(
 @triton.jit
 def totals(
     pair, V, teacher, student, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Second sweep: L, and sum u that the gradient takes off; NaN for a row that defines none."""
     terms, scores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -68,7 +69,9 @@ def totals(
         value, u, _, _ = terms_block(
             pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
         )
-        terms, scores = terms + value, scores + u
+        terms += value
+        if NEEDS_GRAD:
+            scores += u
     loss, total = tl.sum(terms, 0), tl.sum(scores, 0)
     if KIND == "jsd":
         loss = tl.minimum(loss, 0.6931471805599453)
@@ -81,7 +84,8 @@ def _forward_kernel(
     teacher_ptr, student_ptr, mask_ptr,  # in
     loss_ptr, saved_ptr,  # out
     rows, V, stride_t, stride_s, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kept = True
@@ -92,7 +96,7 @@ def _forward_kernel(
     if kept:
         pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
         teacher, student = softmaxes(pair, V, 0, BLOCK)
-        loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, 0, BLOCK)
+        loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, 0, NEEDS_GRAD, BLOCK)
         tl.store(loss_ptr + row, loss)
         tl.store(saved_ptr + row, teacher[0])
         tl.store(saved_ptr + rows + row, teacher[1])
@@ -131,7 +135,7 @@ def _backward_kernel(
 
 def _forward(
     teacher: Tensor, student: Tensor, mask: Tensor | None, kind: str, weight: float, detach: bool,
-    vocab_size: int,
+    vocab_size: int, needs_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(M,) nats, 0 in masked rows, and (5, M) floats for backward."""
     rows = student.shape[0]
@@ -144,8 +148,8 @@ def _forward(
         _forward_kernel[(rows,)](
             teacher, student, mask, loss, saved,
             rows, vocab_size, teacher.stride(0), student.stride(0), weight,
-            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, BLOCK=BLOCK,
-            num_warps=WARPS, **options,
+            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, NEEDS_GRAD=needs_grad,
+            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **options,
         )  # fmt: skip
     return loss, saved
 
@@ -162,7 +166,7 @@ def _backward(
             rows, vocab_size, width, teacher.stride(0), student.stride(0), grad.stride(0),
             upstream.stride(0), weight,
             KIND=kind, DETACH=detach, HAS_MASK=mask is not None,
-            BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
+            BLOCK=BACKWARD_BLOCK, num_warps=backend.warps(BACKWARD_WARPS),
         )  # fmt: skip
     return grad
 
@@ -172,7 +176,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, teacher, student, mask, *form):
-        loss, saved = _forward(teacher, student, mask, *form)
+        loss, saved = _forward(teacher, student, mask, *form, ctx.needs_input_grad[1])
         ctx.save_for_backward(teacher, student, mask, saved)
         ctx.form = form
         return loss

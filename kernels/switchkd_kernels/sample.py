@@ -19,6 +19,7 @@ from switchkd_kernels import _checks as check
 from switchkd_kernels import reference
 from switchkd_kernels._tl import (
     argmax_step,
+    exp,
     is_distribution,
     load_block,
     noise_words,
@@ -74,7 +75,7 @@ def _mass_above(row_ptr, V, temperature, value, top, BLOCK: tl.constexpr):
     terms = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, V, BLOCK):
         x = tempered(load_block(row_ptr, first, V, BLOCK), temperature)
-        terms += tl.where(x > value, tl.exp(x - top), 0.0)
+        terms += tl.where(x > value, exp(x - top), 0.0)
     return tl.sum(terms, 0)
 
 
@@ -115,7 +116,7 @@ def _kth_largest(row_ptr, V, k, BLOCK: tl.constexpr):
     return _ordered(low).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _sample_kernel(
     logits_ptr, id_ptr, position_ptr, token_ptr,
     V, stride, stride_id, stride_position,
@@ -172,7 +173,7 @@ def _launch(
             TOP_K=0 < top_k < vocab_size and not greedy,
             TOP_P=top_p < 1 and not greedy,
             MIN_P=min_p > 0 and not greedy,
-            STREAM=stream, BLOCK=BLOCK, num_warps=WARPS,
+            STREAM=stream, BLOCK=BLOCK, num_warps=backend.warps(WARPS),
         )  # fmt: skip
     return token
 

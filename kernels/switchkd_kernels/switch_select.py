@@ -16,6 +16,7 @@ from switchkd_kernels import reference
 from switchkd_kernels._tl import (
     argmax_step,
     compare,
+    exp,
     is_distribution,
     jsd_terms,
     kl_terms,
@@ -100,7 +101,7 @@ def _combine(partial_ptr, token_ptr, row, rows, splits, SPLITS: tl.constexpr):
     totals = tl.load(partial_ptr + step + place, mask=inside, other=0.0)
     bests = tl.load(partial_ptr + 2 * step + place, mask=inside, other=float("-inf"))
     top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
+    total = tl.sum(totals * exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
     best, index = tl.max(bests, 0, return_indices=True)
     return top, total, best, tl.load(token_ptr + row * splits + index)
 
@@ -145,7 +146,7 @@ def _decide(
     tl.store(value_ptr + 2 * rows + row, tl.where(valid, log_q, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _switch_select_kernel(
     teacher_ptr, student_ptr, threshold_ptr, id_ptr, position_ptr,  # in
     teacher_token_ptr, student_token_ptr,
@@ -239,6 +240,8 @@ def _launch(
     student_token = ids if student_token is None else student_token
     with backend.on(device):
         for phase in ("row",) if splits == 1 else ("scan", "decide"):
+            # Of what is decided later the scan needs to know only whose noise it is.
+            scan = phase == "scan"
             _switch_select_kernel[(rows, splits)](
                 teacher, student, threshold, ids, positions, teacher_token, student_token,
                 token, writer, values, partial, partial_token,
@@ -246,9 +249,10 @@ def _launch(
                 teacher.stride(0), student.stride(0), threshold.stride(0), ids.stride(0),
                 positions.stride(0), teacher_token.stride(0), student_token.stride(0),
                 seed, *with_inverse(teacher_temperature), *with_inverse(student_temperature),
-                *draws, metric, bits,
-                PHASE=phase, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
-                num_warps=WARPS, **backend.at_most(REGISTERS, device),
+                *draws, "jsd" if scan and metric != "rank" else metric,
+                bits and metric == "jsd" and not scan,
+                PHASE=phase, SPLITS=1 if scan else triton.next_power_of_2(splits), BLOCK=BLOCK,
+                num_warps=backend.warps(WARPS), **backend.at_most(REGISTERS, device),
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
