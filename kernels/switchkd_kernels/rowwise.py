@@ -60,16 +60,16 @@ class Pair(NamedTuple):
 def compare(teacher: Tensor, student: Tensor, rows: Tensor | None = None) -> Pair:
     """Softmax of (M, V) logits of one compute dtype. Raises InvalidLogits, with the row in `rows`.
 
-    d is (z_s - z_t) - (lse_s - lse_t): the first difference is exact for near logits; the second,
-    by the ratio of the sums, errs by about one rounding, the same for the whole row, so that it
-    enters a divergence only squared.
+    d is (z_s - z_t) - (lse_s - lse_t): the first difference is exact for near logits, that of the
+    maxima takes any offset with it, and that of the sums, by their ratio, errs by about one
+    rounding, the same for the whole row, so that it enters a divergence only squared.
     """
     teacher_max, student_max = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
     check.check_rows("teacher", teacher_max, rows)
     check.check_rows("student", student_max, rows)
     p, q = (teacher - teacher_max).exp_(), (student - student_max).exp_()
     p_sum, q_sum = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
-    d = (student - teacher).sub_((student_max - teacher_max) + (q_sum / p_sum).log_())
+    d = (student - teacher).sub_(student_max - teacher_max).sub_((q_sum / p_sum).log_())
     return Pair(p.div_(p_sum), q.div_(q_sum), d.masked_fill_(d.isnan(), 0.0))
 
 
@@ -150,8 +150,9 @@ def gradients(pair: Pair, form: Form) -> Tensor:
     log(q/m) - a q/m, or log(q/m) detached; kl_student_teacher log(q/p); tvd sign(q - p) / 2.
     """
     q, d, w = pair.q, pair.d, form.weight
-    if form.kind == "kl_teacher_student":
-        return _difference(pair)
+    if form.kind == "kl_teacher_student":  # its sum is 0 but for rounding, which goes with it
+        u = _difference(pair)
+        return u - q * u.sum(-1, keepdim=True)
     if form.kind == "kl_student_teacher":
         u = q * d
     elif form.kind == "tvd":
