@@ -84,8 +84,9 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
     flags = [biases[0] is not None, biases[1] is not None, options.logit_scale != 1,
              options.softcap != 0, teacher is None]  # fmt: skip
     teacher = student if teacher is None else teacher
-    # The cap's tanh needs more registers than the compiler takes by itself.
-    registers = backend.at_most(MORE_REGISTERS, student.device) if options.softcap else {}
+    # The cap's tanh, and two mixtures, need more registers than the compiler takes by itself.
+    hungry = options.softcap or options.kind == "generalized_jsd"
+    registers = backend.at_most(MORE_REGISTERS, student.device) if hungry else {}
     with backend.on(student.device):
         _loss_and_gradient_kernel[(student.shape[0],)](
             teacher, student, *biases, labels, loss,
