@@ -4,205 +4,346 @@ naive            both models, each with its KV cache, one token at a time: the b
 naive, no cache  the same with the whole prefix recomputed for every token
 hf student       `generate` of the student alone: what an on-policy (GKD) rollout pays
 hf teacher       `generate` of the teacher alone: what a teacher-written (SeqKD) rollout pays
+block k=K X      the block decoder, K tokens a round drafted by model X
+block            the block decoder as it is used: drafter and K by measured times and acceptance
 
-Prompts are the first of the embedded data; no row ends before `max_new_tokens`, so every decoder
-writes the same number of tokens. Times are medians over the repeats, after one run thrown away.
+No row ends before `max_new_tokens`, so every decoder writes as many tokens. Times are medians over
+the repeats, after one run thrown away. The shares of the phases come from one more run, in which
+the device is waited for around each phase. The roofline is what cannot be avoided: the bytes of
+weights and caches that the passes of either model read, over the bandwidth of a large copy in the
+same run. The pairs are described in rollout_pairs.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from benchmarks import rollout_pairs as pairs
+from benchmarks.rollout_meter import Meter, NoCache, cache_bytes, generate, weight_bytes
+from benchmarks.timing import Timer, copy_ceiling, dtype_name, open_device
 from switchkd.config import POLICIES, SwitchConfig
-from switchkd.data import read_examples, tokenize
-from switchkd.models import cut_layers, load_model, load_tokenizer, share_vocabulary
+from switchkd.decoder import rollout
+from switchkd.doctor import processor_name
 from switchkd.rollout import rollout_naive
 
+PLANS = {
+    "block k=1 student": {"block": 1, "drafter": "student"},
+    "block k=4 student": {"block": 4, "drafter": "student"},
+    "block k=4 teacher": {"block": 4, "drafter": "teacher"},
+    "block": {"block": None, "drafter": None},
+}
+DECODERS = ("naive", "naive, no cache", "hf student", "hf teacher", *PLANS)
+PHASES = ("prefill", "draft", "verify", "decide", "other")  # of the block decoder
+PATIENCE = 20.0  # seconds after which a decoder is not run once more
 
-class NoCache:
-    """A model that forgets: every call runs the whole prefix again."""
 
-    def __init__(self, model):
-        self.model, self.config, self.device = model, model.config, model.device
-        self.ids = self.positions = None
+class Bench:
+    """Measures all decoders, one pair and batch at a time."""
 
-    def eval(self):
-        self.ids = self.positions = None  # a new rollout begins
-        return self
-
-    def __call__(self, input_ids, attention_mask, position_ids, **_):
-        if self.ids is not None:
-            input_ids = torch.cat([self.ids, input_ids], 1)
-            position_ids = torch.cat([self.positions, position_ids], 1)
-        self.ids, self.positions = input_ids, position_ids
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=1,
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.timer = args, Timer(device)
+        self.bandwidth = 1e9 * copy_ceiling(self.timer, "").gbps
+        config = SwitchConfig(
+            use_cpu=True,  # of no consequence here, and it looks for no device then
+            rollout_policy=args.policy,
+            max_new_tokens=args.max_new_tokens,
+            adaswitch_k=2.0,
+            adaswitch_window=8,
         )
-        return SimpleNamespace(logits=out.logits, past_key_values=None)
+        self.policy, self.sampling = config.policy(), config.sampling()
+        cuda = device.type == "cuda"
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True,
+        )  # fmt: skip
+        self.shared = {
+            "max_new_tokens": args.max_new_tokens,
+            "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": commit.stdout.strip() or "unknown",
+            "copy_gbps": self.bandwidth / 1e9,
+        }
+
+    def runner(self, decoder: str, pair: pairs.Pair, prompts: list) -> Callable:
+        """What is timed: it returns a rollout, or the tokens of `generate`."""
+        count, pad = self.args.max_new_tokens, pair.pad_token_id
+        given = {
+            "policy": self.policy,
+            "sampling": self.sampling,
+            "max_new_tokens": count,
+            "pad_token_id": pad,
+            "vocab_size": pair.vocab_size,
+            "eos_token_ids": [],
+        }
+        teacher, student = pair.teacher, pair.student
+        if decoder in PLANS:
+            return lambda: rollout(teacher, student, prompts, **PLANS[decoder], **given)
+        if decoder.startswith("hf"):
+            model = student if decoder == "hf student" else teacher
+            return lambda: generate(model, prompts, count, pad)
+        if decoder == "naive, no cache":
+            teacher, student = NoCache(teacher), NoCache(student)
+        return lambda: rollout_naive(teacher, student, prompts, **given)
+
+    def seconds(self, run: Callable) -> float:
+        """Median; what takes long is run less often, what takes very long just once."""
+        times: list[float] = []
+        while len(times) <= self.args.repeats and sum(times) < PATIENCE:
+            self.timer.synchronize()
+            start = time.perf_counter()
+            run()
+            self.timer.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:] or times)
+
+    def batch(self, pair: pairs.Pair, size: int) -> list[dict]:
+        """A row for each decoder."""
+        prompts, rows = pair.prompts[:size], []
+        for decoder in DECODERS:
+            run = self.runner(decoder, pair, prompts)
+            seconds = self.seconds(run)
+            meter = Meter(self.timer.synchronize)
+            row = self.row(decoder, pair, prompts, seconds)
+            if decoder.startswith("hf"):
+                meter.steps(self.args.max_new_tokens, size, decoder.removeprefix("hf "))
+            else:
+                with meter:
+                    out = run()
+                if decoder == "naive":
+                    baseline, naive = seconds, out
+                    reached = pairs.reached(pair, out, prompts, self.sampling)
+                row.update(self.written(decoder, out, naive.tokens, meter))
+                row.update(agreement=reached.agreement, confidence=reached.confidence)
+            row["speedup_vs_naive"] = baseline / seconds
+            row.update(self.roofline(pair, prompts, meter, cached=decoder != "naive, no cache"))
+            rows.append({**row, **self.shared})
+        return rows
+
+    def row(self, decoder: str, pair: pairs.Pair, prompts: list, seconds: float) -> dict:
+        """All columns; None where one has no meaning for this decoder."""
+        each = self.args.max_new_tokens
+        return {
+            "pair": pair.name,
+            "policy": self.args.policy,
+            "decoder": decoder,
+            "batch": len(prompts),
+            "dtype": dtype_name(pair.student.dtype),
+            "tokens_per_s": len(prompts) * each / seconds,
+            "ms_per_token": 1e3 * seconds / each,
+            "teacher_share": None,
+            "accepted_per_round": None,
+            "accepted_per_teacher_pass": None,
+            "speedup_vs_naive": None,
+            "roofline_tokens_per_s": None,
+            "mb_per_token": None,
+            "equal_tokens": None,
+            "rows_parting": None,
+            "first_parting": None,
+            "agreement": None,
+            "confidence": None,
+            "phases": None,
+            "plans": None,
+            **PLANS.get(decoder, {"block": None, "drafter": None}),
+            "models": pair.label,
+            "knobs": pair.knobs and pair.knobs._asdict(),
+        }
+
+    def written(self, decoder: str, out, baseline: Tensor, meter: Meter) -> dict:
+        """What a rollout says: who wrote, how much a round, the naive loop's tokens or not."""
+        if decoder not in PLANS:
+            meter.steps(self.args.max_new_tokens, len(baseline), "teacher", "student")
+        count, equal = baseline.numel(), out.tokens == baseline
+        parts = ~equal.all(1)
+        return {
+            "teacher_share": out.teacher_tokens() / count,
+            "accepted_per_round": count / meter.rows["rounds"],
+            "accepted_per_teacher_pass": count / meter.rows["teacher"],
+            "equal_tokens": equal.double().mean().item(),
+            "rows_parting": int(parts.sum()),
+            "first_parting": int((~equal).long().argmax(1)[parts].min()) if parts.any() else None,
+            "phases": meter.shares(),
+            "plans": dict(meter.plans) or None,
+        }
+
+    def roofline(self, pair: pairs.Pair, prompts: list, meter: Meter, cached: bool) -> dict:
+        """Bytes that must be read for a token, and how many tokens a second that allows."""
+        count, needed = len(prompts) * self.args.max_new_tokens, 0.0
+        length = sum(map(len, prompts)) / len(prompts) + (self.args.max_new_tokens - 1) / 2
+        for role, model in (("teacher", pair.teacher), ("student", pair.student)):
+            needed += weight_bytes(model) * meter.passes[role]
+            needed += cached * cache_bytes(model) * length * meter.rows[role]
+        return {
+            "roofline_tokens_per_s": self.bandwidth * count / needed,
+            "mb_per_token": needed / count / 1e6,
+        }
 
 
-def generate(model, prompts, options):
-    """Hugging Face `generate`, sampling at temperature 1."""
-    longest = max(map(len, prompts))
-    pad = options["pad_token_id"]
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    with torch.no_grad():
-        out = model.generate(
-            ids,
-            attention_mask=mask.to(model.device),
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=options["max_new_tokens"],
-            max_new_tokens=options["max_new_tokens"],
-            pad_token_id=pad,
+def show(rows: list[dict], notes: list[str], console: Console) -> None:
+    """The table of a pair, and what a reader must know about it."""
+    first = rows[0]
+    table = Table(title=f"{first['models']}, {first['policy']}, {first['dtype']}")
+    columns = ["batch", "decoder", "tokens/s", "ms/token", "vs naive", "of roof", "teacher"]
+    columns += ["/round", "/t.pass", "equal", "phases, %"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "decoder" else "right", no_wrap=True)
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in rows:
+        phases = row["phases"] if row["decoder"] in PLANS else None
+        table.add_row(
+            str(row["batch"]),
+            row["decoder"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['ms_per_token']:.2f}",
+            f"{row['speedup_vs_naive']:.2f}x",
+            f"{row['tokens_per_s'] / row['roofline_tokens_per_s']:.1%}",
+            cell(row["teacher_share"], ".0%"),
+            cell(row["accepted_per_round"], ".2f"),
+            cell(row["accepted_per_teacher_pass"], ".2f"),
+            cell(row["equal_tokens"], ".1%"),
+            "/".join(f"{100 * phases.get(phase, 0):.0f}" for phase in PHASES) if phases else "-",
+            end_section=row["decoder"] == DECODERS[-1],
         )
-    return out[:, longest:]
+    console.print(table)
+    lines = [f"{first['device']}, {first['threads']} threads, torch {first['torch']}"]
+    lines += ["tokens a row, /round and /t.pass of the teacher; phases: " + ", ".join(PHASES)]
+    lines += notes
+    if first["knobs"]:
+        lines.append("knobs: " + flat(first["knobs"]))
+    for line in lines + [f"batch {row['batch']}: {x}" for row in rows for x in remarks(row)]:
+        console.print(line, highlight=False, markup=False)
 
 
-def measure(decoder: str, teacher, student, prompts, config, options) -> dict:
-    """One row: a decoder's median time over the repeats."""
-    models = {"naive": (teacher, student), "naive, no cache": (NoCache(teacher), NoCache(student))}
-    torch.manual_seed(0)
-    seconds, share, tokens = [], None, None
-    for _ in range(options["repeats"] + 1):
-        start = time.perf_counter()
-        if decoder in models:
-            out = rollout_naive(
-                *models[decoder],
-                prompts,
-                config.policy(),
-                max_new_tokens=options["max_new_tokens"],
-                eos_token_ids=[],
-                pad_token_id=options["pad_token_id"],
-                vocab_size=options["vocab_size"],
-                sampling=config.sampling(),
-            )
-            tokens, share = out.tokens, out.teacher_tokens() / out.tokens.numel()
-        else:
-            generate(student if decoder == "hf student" else teacher, prompts, options)
-        if teacher.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
-    count = len(prompts) * options["max_new_tokens"]
-    return {
-        "decoder": decoder,
-        "batch": len(prompts),
-        "dtype": str(student.dtype).removeprefix("torch."),
-        "tokens_per_s": count / median,
-        "ms_per_token": 1e3 * median / options["max_new_tokens"],
-        "teacher_share": share,
-        "tokens": tokens,
-    }
+def remarks(row: dict) -> list[str]:
+    if row["decoder"] == "naive":
+        got = pairs.Reached(row["teacher_share"], row["agreement"], row["confidence"])
+        asked = row["knobs"] and (row["policy"], row["max_new_tokens"]) == ("switch", pairs.LENGTH)
+        far = asked and row["batch"] >= pairs.ROWS and not pairs.typical(got)
+        return [
+            pairs.describe(got) + ("; --tune would bring it nearer" if far else ""),
+            f"roofline of the naive loop: {row['mb_per_token']:,.2f} MB a token at "
+            f"{row['copy_gbps']:,.1f} GB/s, {row['roofline_tokens_per_s']:,.0f} tokens/s",
+            "time of the naive loop: " + flat(row["phases"]),
+        ]
+    lines = []
+    if row["rows_parting"]:
+        lines.append(
+            f"{row['decoder']}: {row['rows_parting']} rows part from the naive loop's, the first "
+            f"at token {row['first_parting']}"
+        )
+    if row["decoder"] == "block":
+        plans = sorted(row["plans"].items(), key=lambda item: -item[1])
+        lines.append("rounds of block: " + ", ".join(f"{n} x {plan}" for plan, n in plans))
+    return lines
+
+
+def flat(value):
+    """A cell: four digits of a number, `name value` pairs of a dictionary."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {flat(v)}" for name, v in value.items())
+    return value
+
+
+def save(args: argparse.Namespace, rows: list[dict]) -> None:
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        with open(args.csv, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(rows[0])
+            writer.writerows([flat(value) for value in row.values()] for row in rows)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="embedded", help="folder, Hub id or 'embedded'")
-    parser.add_argument("--student", default="embedded")
-    parser.add_argument("--student_layers", default=None, help="default 0 for the embedded pair")
-    parser.add_argument("--policy", default="switch", choices=POLICIES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quick", action="store_true", help="batch 8, 16 tokens, one repeat")
-    parser.add_argument("--json", help="write the rows to this file")
+    add = parser.add_argument
+    add("--pair", nargs="+", help=f"of {', '.join(pairs.NAMES)}")
+    add("--models", help="folder with the models of the pair smollm2")
+    add("--teacher", help="folder, Hub id or 'embedded', instead of --pair")
+    add("--student", help="folder, Hub id or 'embedded'")
+    add("--student_layers", help="layers that the student keeps, e.g. 0-11,18-29")
+    add("--policy", default="switch", choices=POLICIES)
+    add("--batch", type=int, nargs="+", default=[1, 8, 32])
+    add("--max_new_tokens", type=int, help="default 64 on a CPU, 128 on a GPU")
+    add("--repeats", type=int, default=3)
+    add("--dtype", help="default float32 on a CPU, bfloat16 on a GPU")
+    add("--device", help="default: a GPU if there is one")
+    add("--quick", action="store_true", help="batch 8, 16 tokens, one repeat")
+    add("--tune", action="store_true", help="search for the knobs of shaped pairs again")
+    add("--json", help="write the rows to this file")
+    add("--csv", help="write the rows to this file")
     args = parser.parse_args(argv)
     if args.quick:
         args.batch, args.max_new_tokens, args.repeats = [8], 16, 1
-    if args.student == "embedded" and args.student_layers is None:
-        args.student_layers = "0"
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(args.student)
-    teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype)).to(device).eval()
-    student = load_model(args.student, dtype=getattr(torch, args.dtype))
-    if args.student_layers:
-        cut_layers(student, args.student_layers)
-    student = student.to(device).eval()
-    vocabulary = share_vocabulary(teacher, student, load_tokenizer(args.teacher), tokenizer)
-    config = SwitchConfig(
-        use_cpu=device == "cpu",
-        rollout_policy=args.policy,
-        max_new_tokens=args.max_new_tokens,
-        adaswitch_k=2.0,
-        adaswitch_window=8,
-    )
-    examples, report = read_examples("embedded", limit=max(args.batch))
-    rows = tokenize(
-        examples, report, tokenizer, max_prompt_length=256, max_completion_length=10**6
-    ).rows
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "pad_token_id": vocabulary.pad_token_id,
-        "vocab_size": vocabulary.size,
-        "repeats": args.repeats,
-    }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    shared = {
-        "pair": f"{args.teacher} -> {args.student}[{args.student_layers or 'all'}]",
-        "policy": args.policy,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-    results = []
-    for batch in args.batch:
-        prompts = [row.prompt_ids for row in rows[:batch]]
-        block = [
-            measure(decoder, teacher, student, prompts, config, options)
-            for decoder in ("naive", "naive, no cache", "hf student", "hf teacher")
-        ]
-        baseline = block[0]["tokens"]
-        for row in block:
-            tokens = row.pop("tokens")
-            known = tokens is not None
-            row["equal_tokens"] = (tokens == baseline).double().mean().item() if known else None
-            row["speedup_vs_naive"] = row["tokens_per_s"] / block[0]["tokens_per_s"]
-        results += [{**shared, **row} for row in block]
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-    show(results)
+    try:
+        device = open_device(args.device)
+        names = chosen(args, device)
+    except ValueError as error:
+        parser.error(str(error))
+    measure(args, names, device)
     return 0
 
 
-def show(results: list[dict]) -> None:
-    table = Table(title=f"{results[0]['pair']}, {results[0]['policy']}, {results[0]['device']}")
-    for column in ("batch", "decoder", "tokens/s", "ms/token", "vs naive", "teacher", "equal"):
-        table.add_column(column, justify="left" if column == "decoder" else "right")
-    for row in results:
-        share, equal = row["teacher_share"], row["equal_tokens"]
-        table.add_row(
-            str(row["batch"]),
-            row["decoder"],
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['ms_per_token']:.2f}",
-            f"{row['speedup_vs_naive']:.2f}x",
-            "-" if share is None else f"{share:.0%}",
-            "-" if equal is None else f"{equal:.1%}",
-        )
-    Console().print(table)
+def chosen(args: argparse.Namespace, device: torch.device) -> list[str | None]:
+    """Names of the pairs to measure, None for that of --teacher and --student."""
+    if bool(args.teacher) != bool(args.student):
+        raise ValueError("got one of --teacher and --student, expected both or neither")
+    if args.teacher:
+        return [None]
+    usual = ["embedded"] + ["gpt2-xl", "qwen2.5-1.5b"] * (device.type == "cuda")
+    for name in args.pair or usual:
+        pairs.check_name(name)
+        if name == "smollm2" and args.models is None:
+            raise ValueError("--pair smollm2: got no folder, expected --models DIR with the GGUF")
+    return args.pair or usual
+
+
+def measure(args: argparse.Namespace, names: list[str | None], device: torch.device) -> None:
+    gpu = device.type == "cuda"
+    args.max_new_tokens = args.max_new_tokens or (128 if gpu else 64)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    console = Console(width=max(Console().width, 130))
+    bench, results, most = Bench(args, device), [], max(args.batch)
+    for name in names:
+        if name is None:
+            folders = args.teacher, args.student, args.student_layers
+            pair = pairs.loaded_pair(*folders, most, dtype, device)
+        else:
+            pair = pairs.load_pair(name, most, dtype, device, args.models, args.tune)
+        rows = []
+        for size in args.batch:
+            rows += bench.batch(pair, size)
+            save(args, results + rows)  # what is done survives an interruption
+        show(rows, pair.notes, console)
+        results += rows
+        del pair  # before the next one is loaded
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""What `rollout_speed.py` measures with: phases and passes of a rollout, the bytes of a pass, and
+decoders to compare with."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from switchkd import decoder as block_decoder
+from switchkd import rollout as naive_decoder
+
+
+class Meter:
+    """Within it, a rollout is timed phase by phase, and the block decoder's passes are counted.
+
+    passes: of either model. rows: the rows that were in them, and in all rounds ("rounds").
+    plans: rounds by who drafted how many tokens.
+    """
+
+    WATCHED = (
+        (block_decoder._Decoder, "prefill", "prefill"),
+        (block_decoder._Decoder, "draft", "draft"),
+        (block_decoder._Decoder, "verify", "verify"),
+        (block_decoder._Decoder, "decide", "decide"),
+        (naive_decoder._Stream, "step", "forward"),
+        (naive_decoder, "_select", "decide"),
+    )
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.synchronize = synchronize
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.passes, self.rows, self.plans = Counter(), Counter(), Counter()
+
+    def __enter__(self) -> Meter:
+        self.originals = [(owner, name, getattr(owner, name)) for owner, name, _ in self.WATCHED]
+        for owner, name, phase in self.WATCHED:
+            setattr(owner, name, self.timed(getattr(owner, name), phase))
+        self.synchronize()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.synchronize()
+        self.total = time.perf_counter() - self.start
+        for owner, name, original in self.originals:
+            setattr(owner, name, original)
+
+    def timed(self, function: Callable, phase: str) -> Callable:
+        def run(*args, **kwargs):
+            self.synchronize()
+            start = time.perf_counter()
+            out = function(*args, **kwargs)
+            self.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
+            if isinstance(args[0], block_decoder._Decoder):
+                self.count(phase, *args)
+            return out
+
+        return run
+
+    def count(self, phase: str, decoder, *args) -> None:
+        rows = decoder.slots.n
+        if phase == "prefill":
+            self.passes.update(decoder.models.keys())
+        elif phase in ("draft", "verify"):
+            role = args[0]
+            passes = args[1] if phase == "draft" else 1
+            self.passes[role] += passes
+            self.rows[role] += passes * rows
+        if phase == "draft":
+            self.rows["rounds"] += rows
+            self.plans[f"{args[0]} {args[1]}"] += 1
+
+    def steps(self, count: int, rows: int, *roles: str) -> None:
+        """Count what goes token by token: `count` passes of each role over all rows."""
+        for role in roles:
+            self.passes[role] += count
+            self.rows[role] += count * rows
+        self.rows["rounds"] += count * rows
+
+    def shares(self) -> dict[str, float]:
+        """Of the whole time, by phase."""
+        shares = {phase: seconds / self.total for phase, seconds in self.seconds.items()}
+        return {**shares, "other": 1 - sum(shares.values())}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a pass reads of the parameters: all but the tables in which tokens are looked up."""
+    kept = model.get_output_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(kept)}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """Keys and values of one position."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
+class NoCache:
+    """A model that forgets: every call runs the whole prefix again."""
+
+    def __init__(self, model):
+        self.model, self.config, self.device = model, model.config, model.device
+        self.ids = self.positions = None
+
+    def eval(self):
+        self.ids = self.positions = None  # a new rollout begins
+        return self
+
+    def __call__(self, input_ids, attention_mask, position_ids, **_):
+        if self.ids is not None:
+            input_ids = torch.cat([self.ids, input_ids], 1)
+            position_ids = torch.cat([self.positions, position_ids], 1)
+        self.ids, self.positions = input_ids, position_ids
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return SimpleNamespace(logits=out.logits, past_key_values=None)
+
+
+def generate(model: nn.Module, prompts: Sequence[list[int]], count: int, pad: int) -> Tensor:
+    """`count` tokens a prompt by Hugging Face `generate`, sampled at temperature 1."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=pad,
+        )
+    return out[:, longest:]
