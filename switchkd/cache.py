@@ -104,7 +104,7 @@ class CachedModel:
         rows = torch.arange(batch, device=self.device) if rows is None else rows
         self.cache.aim(rows, positions, reach, prefix)
         out = self.decoder(
-            input_ids=tokens,
+            input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
             attention_mask=mask,
             position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
             past_key_values=self.cache,

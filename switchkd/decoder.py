@@ -266,9 +266,13 @@ class _Decoder:
         slots.last.copy_(chosen.token.gather(1, last)[:, 0])
         slots.length.add_(gained)
 
-        host = torch.stack(
-            [gained, finished.long(), right.sum(1)]
-        ).tolist()  # the one look of a round
+        kept = torch.arange(k, device=slots.device) < gained[:, None]
+        undefined = ((chosen.token < 0) & kept).any(1)  # a kernel's flag: it does not raise
+        # the one look of a round at the device
+        host = torch.stack([gained, finished.long(), right.sum(1), undefined.long()]).tolist()
+        if any(host[3]):
+            row = host[3].index(1) * k
+            raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)
         self.planner.saw(drafter, place, sum(host[2]), sum(min(r + 1, k) for r in host[2]))
         for slot, count in enumerate(host[0]):
             slots.lengths[slot] += count
@@ -317,7 +321,7 @@ def rollout(
         check_lengths(model, prompts, max_new_tokens)
         model.eval()
     start, device = time.perf_counter(), student.device
-    planner = Planner(block, drafter, costs)
+    planner = Planner(block, drafter, costs, device.type)
     count = min(batch_size or len(prompts), len(prompts))
     # A block may be drafted past the end of a response, never past its place in the cache.
     capacity = max(map(len, prompts)) + max_new_tokens + max(planner.blocks)

@@ -13,7 +13,7 @@ BLOCKS = (1, 2, 3, 4, 6, 8)
 BUCKET = 8  # positions that share an acceptance rate: it changes as the threshold falls
 MEMORY = 0.9  # weight of what was seen before, each time something is seen
 GUESS = 0.7  # acceptance before anything was seen: high enough that a draft gets tried
-SLOPE = 0.1  # what a further position adds to a pass, before it was measured
+SLOPE = {"cpu": 0.5}  # what a further position adds to a pass, before it was measured; else 0.1
 
 
 class Planner:
@@ -28,6 +28,7 @@ class Planner:
         block: int | None = None,
         drafter: str | None = None,
         costs: dict[str, float] | None = None,
+        device: str = "cpu",
     ):
         if block is not None and block < 1:
             raise ValueError(f"block: got {block}, expected at least 1, or None to adapt it")
@@ -36,7 +37,7 @@ class Planner:
         self.blocks = BLOCKS if block is None else (block,)
         self.drafters = ("student", "teacher") if drafter is None else (drafter,)
         self.seconds: dict[str, dict[int, float]] = {"teacher": {}, "student": {}, "decide": {}}
-        self.measures = costs is None
+        self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
             self.seconds[role][1] = cost
         self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in ("teacher", "student")}
@@ -71,7 +72,7 @@ class Planner:
         if count in known or not known:
             return known.get(count, 0.0)
         a, *rest = sorted(known, key=lambda other: abs(other - count))
-        slope = SLOPE * known[a] / a
+        slope = self.slope * known[a] / a
         if rest:
             slope = max((known[rest[0]] - known[a]) / (rest[0] - a), 0.0)
         return max(known[a] + slope * (count - a), 0.1 * known[a])
