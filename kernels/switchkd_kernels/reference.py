@@ -71,14 +71,7 @@ def sample(
     stream: int = STREAM_TOKEN,
     model: str = "student",
 ) -> Tensor:
-    """(M,) int64 tokens drawn from (M, Vp) logits: a function of (logits, seed, id, position).
-
-    y = argmax(z / T + G) over the first `vocab_size` columns (default all), after the filters in
-    the order of Hugging Face transformers: temperature, top_k (0 is off), top_p (1 is off), min_p
-    (0 is off); tokens that tie with a filter's threshold all stay. Temperature 0 is greedy.
-    `sequence_ids` and `positions` are (M,) integers or one integer; `model` is named in errors.
-    Raises InvalidLogits, ValueError and TypeError. Source: Maddison et al. 2014 (Gumbel-max).
-    """
+    """`switchkd_kernels.sample` by a sort; raises InvalidLogits, naming `model`."""
     if logits.dim() != 2:
         raise ValueError(f"logits must be (rows, vocabulary), got {tuple(logits.shape)}")
     temperature = check.temperature("temperature", temperature)
@@ -122,20 +115,7 @@ def switch_select(
     student_token: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> SwitchSelection:
-    """Decide for M positions which model writes, and the token it writes.
-
-    The teacher writes iff divergence > threshold, (M,) or a number, +-inf allowed; equality is the
-    student's (SWITCH, arXiv 2410.19503, Algorithm 1). The divergence compares the full softmax of
-    (M, Vt) `teacher_logits` and (M, Vs) `student_logits` over the shared vocabulary, untempered:
-    "jsd" in units of `base` (2 or "e"), "kl" = KL(p||q) in nats cut at 50 (AdaSwitch, arXiv
-    2510.07842), or "rank", the number of tokens that the teacher likes strictly better than the
-    student's draw (SKD, arXiv 2410.11325: kept iff rank <= K - 1).
-    Both draws are argmax(z / T + G) with one G, so each marginal is exact and the token does not
-    depend on which model was run first. Rank alone looks at a drawn token: a token refused by rank
-    says something about G, so the teacher's redraw takes noise of its own (STREAM_REDRAW).
-    `teacher_token`, `student_token` (M,) replace that model's draw, e.g. by one from `sample`.
-    Raises InvalidLogits (with model and row), ValueError and TypeError.
-    """
+    """`switchkd_kernels.switch_select`; raises InvalidLogits with model and row."""
     if teacher_logits.dim() != 2 or teacher_logits.shape[:1] != student_logits.shape[:-1]:
         raise ValueError(
             "teacher_logits and student_logits must be (rows, vocabulary) with equal rows, got "
@@ -227,11 +207,7 @@ def jsd(
     vocab_size: int | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """Jensen-Shannon divergence of (..., Vt) and (..., Vs) logits: (...) or a scalar, in the
-    compute dtype (float64 for float64, else float32). In bits, [0, 1], for base 2; nats for "e".
-
-    Arguments, errors and gradient (to the student only) as in `divergence_loss`.
-    """
+    """`switchkd_kernels.jsd`; raises InvalidLogits with model and row."""
     check.one_of("base", base, (2, "e"))
     nats, rows = _nats(teacher_logits, student_logits, Form("jsd"), mask, vocab_size, reduction)
     return rows.reduce(in_base(nats, base), reduction)
@@ -249,21 +225,7 @@ def divergence_loss(
     vocab_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Divergence in nats of (..., Vt) teacher and (..., Vs) student logits, with student gradient.
-
-    kind: kl_teacher_student KL(p||q), kl_student_teacher KL(q||p), generalized_jsd
-    b KL(p||m) + (1-b) KL(q||m) with m = b p + (1-b) q (beta 0 means KL(p||q), 1 KL(q||p), as in
-    TRL), skew_kl KL(p || a p + (1-a) q), skew_reverse_kl KL(q || (1-a) p + a q), tvd
-    sum |p - q| / 2.
-    `detach_mixture` holds the mixture of skew_reverse_kl constant in the gradient (DistiLLM-2,
-    arXiv 2503.07067); for generalized_jsd it changes nothing, for other kinds it is refused.
-    mask (...) of bool or 0/1: other rows are not looked at, give 0, and do not count in the mean,
-    which is 0 if no row is left. vocab_size: columns from there on are padding and are ignored.
-    reduction: "none" (...), "sum" or "mean". -inf logits are legal; a result is infinite only where
-    the divergence is (a gradient is then not defined). Arithmetic in float64 for float64 inputs,
-    else float32, which is the dtype of the result; the gradient has that of the student's logits.
-    Raises InvalidLogits (with model and row), ValueError and TypeError.
-    """
+    """`switchkd_kernels.divergence_loss`; raises InvalidLogits with model and row."""
     form = form_of(kind, alpha, beta, detach_mixture)
     nats, rows = _nats(teacher_logits, student_logits, form, mask, vocab_size, reduction)
     return rows.reduce(nats, reduction)
