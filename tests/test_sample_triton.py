@@ -72,7 +72,7 @@ def rounding_decides(z, *, seed, sequence_ids, positions, stream=0, **warp):
     return near[:, 0]
 
 
-def agree(logits, *, undecided=0, double=True, **options):
+def check_agrees(logits, *, undecided=0, double=True, **options):
     """Draws, and compares with the reference in float32 and float64. Rows that rounding decides are
     told, no more than `undecided` in number, and alone may differ. double=False: not with float64,
     where it is float32 that makes the ties."""
@@ -98,21 +98,21 @@ def agree(logits, *, undecided=0, double=True, **options):
 @EVERY_WARP
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_are_those_of_the_reference(dtype, warp):
-    agree(normal(2, 130, dtype), **warp)
+    check_agrees(normal(2, 130, dtype), **warp)
 
 
 @pytest.mark.parametrize("warp", ["plain", "greedy", "top_k", "top_p min_p", "all"])
 def test_wide_vocabularies(monkeypatch, warp):
     monkeypatch.setattr(MODULE, "BLOCK", BLOCK)
-    agree(normal(1, 4097), **WARPS[warp])
+    check_agrees(normal(1, 4097), **WARPS[warp])
     if warp in ("plain", "all"):
-        agree(normal(1, 50257, torch.bfloat16), **WARPS[warp])
+        check_agrees(normal(1, 50257, torch.bfloat16), **WARPS[warp])
 
 
 @EVERY_WARP
 @pytest.mark.parametrize("V", [1, 2, 64])
 def test_narrow_vocabularies(V, warp):
-    agree(normal(1, V), **warp)
+    check_agrees(normal(1, V), **warp)
 
 
 @EVERY_WARP
@@ -124,7 +124,7 @@ def test_ties_and_holes(warp):
     logits[3, 128] = 1.0  # one token is left, in the last block
     logits[4] = -0.0
     logits[4, ::2] = 0.0  # equal, but not in their bits
-    tokens = agree(logits, **warp)
+    tokens = check_agrees(logits, **warp)
     assert int(tokens[3]) == 128
 
 
@@ -147,7 +147,7 @@ def test_ties_and_holes(warp):
 def test_extreme_filters(warp, ties):
     logits = normal(2, 100)
     logits = logits.round() if ties else logits
-    tokens = agree(logits, temperature=5.0, **warp)
+    tokens = check_agrees(logits, temperature=5.0, **warp)
     alone = warp.get("top_k") == 1 or warp.get("top_p", 1) < 1e-5 or warp.get("min_p") == 1
     if alone:  # the maximum is all that is kept
         assert torch.equal(logits.gather(1, tokens[:, None])[:, 0], logits.amax(1))
@@ -156,7 +156,7 @@ def test_extreme_filters(warp, ties):
 def test_a_refused_winner_leads_to_the_next_one():
     """Nearly uniform rows and a small top-p: the draw of the superset is almost never kept."""
     logits = normal(3, 100, sigma=0.1)
-    tokens = agree(logits, top_p=0.02)
+    tokens = check_agrees(logits, top_p=0.02)
     assert not bool((tokens == sample(logits, impl="triton", **where(3))).any())
 
 
@@ -167,7 +167,7 @@ def test_logits_that_tie_once_divided_stay_together():
     x = logits.cpu() / 1.9  # on a CPU, a division that rounds once
     k = next(k for k in range(1, 8) if x[7 - k] == x[8 - k])
     logits = logits.expand(16, -1)
-    tokens = agree(logits, temperature=1.9, top_k=k, double=False)
+    tokens = check_agrees(logits, temperature=1.9, top_k=k, double=False)
     assert 7 - k in tokens.tolist() and 6 - k not in tokens.tolist()
 
 
@@ -175,7 +175,7 @@ def test_logits_that_tie_once_divided_stay_together():
 @pytest.mark.parametrize("warp", ["plain", "all"])
 def test_huge_offsets(offset, warp):
     """x + G is rounded to a thousandth there, in which the kernel and the reference agree."""
-    agree(normal(4, 70) + offset, double=False, **WARPS[warp])
+    check_agrees(normal(4, 70) + offset, double=False, **WARPS[warp])
 
 
 @pytest.mark.parametrize("warp", ["plain", "top_p"])
@@ -192,7 +192,7 @@ def test_huge_offsets(offset, warp):
 )
 def test_every_part_of_the_key(key, warp):
     logits = normal(3, 130, sigma=0.5)
-    tokens = agree(logits, **WARPS[warp], **key)
+    tokens = check_agrees(logits, **WARPS[warp], **key)
     assert not torch.equal(tokens.cpu(), sample(logits.cpu(), **where(3), **WARPS[warp]))
 
 
@@ -201,7 +201,7 @@ def test_padding_and_strides(warp):
     padded = normal(3, 83)
     padded[:, 70:] = NAN
     padded[1, 70:] = 1e9
-    want = agree(padded, vocab_size=70, **WARPS[warp])
+    want = check_agrees(padded, vocab_size=70, **WARPS[warp])
     wide = torch.full((6, 90), INF, device=DEVICE)
     wide[::2, 5:75] = padded[:, :70]
     columns = padded[:, :70].T.contiguous().T
@@ -252,7 +252,7 @@ def test_any_small_row(data):
         "min_p": data.draw(st.sampled_from([0.0, 1e-3, 0.13, 1.0])),
         "seed": data.draw(st.integers(0, 2**64 - 1)),
     }
-    agree(logits, undecided=1, double=False, **warp)
+    check_agrees(logits, undecided=1, double=False, **warp)
 
 
 # ------------------------------------------------------------------- undefined rows, refusals

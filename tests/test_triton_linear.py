@@ -53,7 +53,7 @@ def run(teacher, student, **options):
     return [loss.detach(), *torch.autograd.grad(3 * loss, live)]
 
 
-def agree(teacher, student, **options):
+def check_agrees(teacher, student, **options):
     """By the tolerance rule; plain torch in the dtype of the inputs sets the scale."""
     got, plain = (run(teacher, student, impl=x, **options) for x in ("triton", "reference"))
     truth = run(*(in_dtype(x, torch.float64) for x in (teacher, student)), **options)
@@ -71,7 +71,7 @@ def agree(teacher, student, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_kind(kind, dtype):
-    agree(*heads(dtype), kind=kind, alpha=0.2, beta=0.3, chunk_size=3)
+    check_agrees(*heads(dtype), kind=kind, alpha=0.2, beta=0.3, chunk_size=3)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_options(case, monkeypatch):
     teacher, student = heads()
     for side, model in (("teacher", teacher), ("student", student)):
         model[2] = None if without in (side, "both") else model[2]
-    agree(teacher, student, **options)
+    check_agrees(teacher, student, **options)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_cross_entropy_alone(softcap):
     student = heads()[1]
-    got = agree([None] * 3, student, kind="cross_entropy", labels=LABELS, softcap=softcap)
+    got = check_agrees([None] * 3, student, kind="cross_entropy", labels=LABELS, softcap=softcap)
     z = torch.nn.functional.linear(*student)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     torch.testing.assert_close(got[0], torch.nn.functional.cross_entropy(z, LABELS).detach())
