@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
             "stopped at once; continue from the last checkpoint with --resume_from_checkpoint last"
         )
         return 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # its threads abort a process that exits
 
 
 def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
@@ -118,6 +121,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print_summary(summary, console)
         console.print(f"model and summary.json are in {config.output_dir}")
+    trainer.accelerator.wait_for_everyone()  # no process leaves while another still needs it
     return 0
 
 
