@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from switchkd.attention import FLASH, ROWS, SERVED, attending, attention_for, row_mask
 from switchkd.models import decoder_of, head_of
-
-ATTENTION = ("sdpa", "eager")  # implementations that take a prepared 4-D mask
 
 
 class _Layer(CacheLayerMixin):
@@ -82,8 +81,11 @@ class CachedModel:
     def __init__(self, model: nn.Module, slots: int, capacity: int):
         check_architecture(model)
         self.model, self.decoder, self.head = model, decoder_of(model), head_of(model)
-        config = model.config.get_text_config()
-        self.eager = config._attn_implementation == "eager"
+        self.config = config = model.config.get_text_config()
+        self.attention = attention_for(model)
+        heads = config.num_attention_heads
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        self.groups = heads // shared if self.attention == ROWS else 1
         self.cache = RowCache(config.num_hidden_layers, slots, capacity)
         self.device = model.device
         self.last_position = getattr(config, "max_position_embeddings", capacity) - 1
@@ -96,20 +98,26 @@ class CachedModel:
         """
         batch, count = tokens.shape
         positions = lengths[:, None] + torch.arange(count, device=self.device)
-        mask = torch.arange(reach, device=self.device) <= positions[:, None, :, None]
-        if self.eager:  # adds its mask
-            dtype = next(self.model.parameters()).dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         prefix = batch if rows is None else None
         rows = torch.arange(batch, device=self.device) if rows is None else rows
         self.cache.aim(rows, positions, reach, prefix)
-        out = self.decoder(
-            input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
-            attention_mask=mask,
-            position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
-            past_key_values=self.cache,
-            use_cache=True,
-        )  # fmt: skip
+        extra = {}
+        if self.attention == FLASH:
+            mask, extra["cache_seqlens"] = None, (lengths + count).int()
+        else:
+            mask = row_mask(positions, reach, self.groups)
+        if self.attention == "eager":  # adds its mask
+            dtype = self.model.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        with attending(self.config, self.attention):
+            out = self.decoder(
+                input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
+                attention_mask=mask,
+                position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
+                past_key_values=self.cache,
+                use_cache=True,
+                **extra,
+            )
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -120,6 +128,14 @@ class CachedModel:
         if self.head.softcap is not None:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
         return z
+
+
+def position_bytes(model: nn.Module) -> int:
+    """Keys and values of one position, all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
 def check_architecture(model: nn.Module) -> None:
@@ -137,8 +153,9 @@ def check_architecture(model: nn.Module) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: got an encoder-decoder, expected a causal language model")
-    if config._attn_implementation not in ATTENTION:
+    served = SERVED if model._supports_attention_backend else ("sdpa", "eager")
+    if config._attn_implementation not in served:
         raise ValueError(
             f"{name}: got attention {config._attn_implementation!r}, expected one of "
-            f"{', '.join(ATTENTION)} (attn_implementation)"
+            f"{', '.join(served)} (attn_implementation)"
         )

@@ -9,8 +9,10 @@ A round, for all rows at once:
 
 The decision at t depends on the prefix alone, so a token stands if all before it were drafted
 right. Both models share one Gumbel field, a token is a function of (p_t, q_t, seed, sequence, t),
-which is why a draft is often right even where the other model writes. Which model drafts, and how
-many tokens, changes the cost, never the output.
+which is why a draft is often right even where the other model writes. So is an earlier completion
+of the prompt, which both models verify. Which drafts, and how many tokens, changes the cost, never
+the output. Where the teacher writes all rows (AdaSwitch after its hand-over), it need not wait for
+the student.
 """
 
 from __future__ import annotations
@@ -23,102 +25,20 @@ from switchkd_kernels import InvalidLogits, sample, switch_select
 from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
 from torch import Tensor, nn
 
-from switchkd.cache import CachedModel
-from switchkd.planner import Planner
+from switchkd.engine import Engine
 from switchkd.policies import Policy, Student
-from switchkd.rollout import Rollout, Sampling, check_lengths
+from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison
+from switchkd.slots import Record, Slots
 
-OTHER = {"teacher": "student", "student": "teacher"}
-
-
-class _Record:
-    """What was written for P prompts, and the teacher's hidden states that predicted it."""
-
-    def __init__(self, prompts: int, width: int, pad: int, device: torch.device):
-        # One column more than a row can need: where what was drafted in vain is put.
-        nan = torch.full((prompts, width + 1), float("nan"), device=device)
-        self.width, self.hidden = width, None
-        self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
-        self.columns = {
-            "token": torch.full((prompts, width + 1), pad, device=device),
-            "from_teacher": torch.zeros_like(nan, dtype=torch.bool),
-        }
-        self.nan = nan
-
-    def write(self, job: Tensor, positions: Tensor, gained: Tensor, values: dict) -> None:
-        """values: name to (n, k) or (n, k, H), at the response positions (n, k) of n prompts."""
-        place = torch.arange(positions.shape[1], device=positions.device)
-        column = torch.where(place < gained[:, None], positions, self.width)
-        for name, value in values.items():
-            if name not in self.columns:
-                shape = (*self.nan.shape, *value.shape[2:])
-                self.columns[name] = value.new_full(shape, float("nan"))
-            self.columns[name][job[:, None], column] = value
-        self.lengths.index_add_(0, job, gained)
-
-    def rollout(self, seconds: float) -> Rollout:
-        longest = int(self.lengths.max())
-        inside = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
-        columns = {name: value[:, :longest] for name, value in self.columns.items()}
-        hidden = columns.pop("hidden", None)
-        return Rollout(
-            tokens=columns.pop("token").cpu(),
-            lengths=self.lengths.cpu(),
-            **{name: value.cpu() for name, value in columns.items()},
-            teacher_hidden=None if hidden is None else hidden[inside],
-            seconds=seconds,
-        )
-
-
-class _Slots:
-    """What is in each row of the batch; rows 0 .. n - 1 are at work."""
-
-    def __init__(self, count: int, policy: Policy, device: torch.device):
-        self.n, self.policy, self.device = 0, policy, device
-        names = ("job", "sequence", "last", "length", "prompt")  # length: of both caches
-        self.columns = {x: torch.zeros(count, dtype=torch.int64, device=device) for x in names}
-        self.state = policy.start(count, device)
-        self.lengths, self.prompts = [0] * count, [0] * count  # two of them on the host
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self.columns[name][: self.n]
-
-    def working_state(self):
-        return self.state and {name: value[: self.n] for name, value in self.state.items()}
-
-    def put(self, slot: int, job: int, sequence: int, prompt: Sequence[int]) -> None:
-        """The last token of a prompt is not in the caches: the first draft follows from it."""
-        cached = len(prompt) - 1
-        for column, value in zip(
-            self.columns.values(), (job, sequence, prompt[-1], cached, cached), strict=True
-        ):
-            column[slot] = value
-        self.lengths[slot] = self.prompts[slot] = cached
-        for name, fresh in (self.policy.start(1, self.device) or {}).items():
-            self.state[name][slot] = fresh[0]
-
-    def move(self, source: int, target: int) -> None:
-        for column in (*self.columns.values(), *(self.state or {}).values()):
-            column[target] = column[source]
-        for column in (self.lengths, self.prompts):
-            column[target] = column[source]
-
-    def reach(self, more: int) -> int:
-        return max(self.lengths[: self.n]) + more
-
-    def least_position(self) -> int:
-        written = zip(self.lengths[: self.n], self.prompts[: self.n], strict=True)
-        return min(length - prompt for length, prompt in written)
-
-    def mean_position(self) -> float:
-        return (sum(self.lengths[: self.n]) - sum(self.prompts[: self.n])) / self.n
+ROLES = ("teacher", "student")
 
 
 class _Decoder:
     """One round after another over the slots."""
 
-    def __init__(self, models: dict[str, CachedModel], slots, record, planner, **options):
-        self.models, self.slots, self.record, self.planner = models, slots, record, planner
+    def __init__(self, engine: Engine, slots: Slots, record: Record, history=None, **options):
+        self.engine, self.slots, self.record, self.history = engine, slots, record, history
+        self.models, self.planner, self.graphs = engine.models, engine.planner, engine.graphs
         self.policy, self.sampling = options["policy"], options["sampling"]
         self.vocab_size, self.eos = options["vocab_size"], options["eos"]
         self.max_new_tokens, self.keep_hidden = options["max_new_tokens"], options["keep_hidden"]
@@ -134,35 +54,56 @@ class _Decoder:
         for model in self.models.values():
             model.feed(tokens, torch.zeros_like(where), longest, rows=where)
 
+    def feed(self, role: str, count: int, tokens: Tensor, more: int, draw: bool) -> tuple:
+        """Logits (n, q, V), hidden states (n, q, H) of one model after tokens (n, q) that follow
+        the caches by `more`; with `draw`, too, a token (n,) drawn after the last."""
+        slots, model, n = self.slots, self.models[role], self.slots.n
+        rows = self.graphs.rows(n, self.engine.slots)
+        reach = self.graphs.reach(slots.reach(count), self.engine.capacity)
+        column = {name: value[:rows] for name, value in slots.columns.items()}
+        if rows > n:
+            tokens = torch.cat([tokens, tokens.new_zeros(rows - n, tokens.shape[1])])
+
+        def step(tokens: Tensor, length: Tensor, position: Tensor, sequence: Tensor):
+            hidden = model.feed(tokens, length, reach)
+            logits = model.logits(hidden)
+            if not draw:
+                return logits, hidden
+            return logits, hidden, self.draw(role, logits[:, -1], position, sequence)
+
+        # A guess may come from anywhere; SKD's teacher guesses what the student would write.
+        length, position = column["length"] + more, column["length"] - column["prompt"] + more
+        self.asked = position[:n]
+        kind = (role, reach, draw, self.sampling, self.vocab_size)
+        out = self.graphs.call(kind, step, tokens, length, position, column["sequence"])
+        return tuple(x[:n] for x in out)
+
     def draft(self, role: str, count: int):
         """`count` tokens (n, k) of one model, its logits (n, k, V) and hidden states (n, k, H)."""
-        slots, model = self.slots, self.models[role]
-        reach = slots.reach(count)
-        token, drafted = slots.last, []
+        token, block = self.slots.last, None
         for i in range(count):
-            start = time.perf_counter()
-            hidden = model.feed(token[:, None], slots.length + i, reach)
-            logits = model.logits(hidden)[:, 0]
-            # A guess may come from anywhere; SKD's teacher guesses what the student would write.
-            token = self.draw(role, logits, slots.length - slots.prompt + i, STREAM_TOKEN)
-            self.planner.took(role, 1, time.perf_counter() - start)
-            drafted.append((token, logits, hidden[:, 0]))
-        return tuple(torch.stack(column, 1) for column in zip(*drafted, strict=True))
+            with self.engine.timed(role, 1):
+                logits, hidden, token = self.feed(role, count, token[:, None], i, draw=True)
+            if block is None:  # what a graph returns must be copied before the next call
+                block = [
+                    x.new_empty(len(x), count, *x.shape[axis:])
+                    for x, axis in ((token, 1), (logits, 2), (hidden, 2))
+                ]
+            for store, value in zip(block, (token, logits[:, 0], hidden[:, 0]), strict=True):
+                store[:, i] = value
+        return block
 
-    def verify(self, role: str, tokens: Tensor):
-        """Logits (n, k, V) and hidden states (n, k, H) of one model after each of (n, k) tokens."""
-        slots, model = self.slots, self.models[role]
-        reach = slots.reach(tokens.shape[1])
-        start = time.perf_counter()
-        hidden = model.feed(tokens, slots.length, reach)
-        logits = model.logits(hidden)
-        self.planner.took(role, tokens.shape[1], time.perf_counter() - start)
-        return logits, hidden
+    def verify(self, role: str, draft: Tensor):
+        """Logits (n, k, V) and hidden states (n, k, H) of one model for the tokens (n, k)."""
+        tokens = torch.cat([self.slots.last[:, None], draft[:, :-1]], 1)
+        with self.engine.timed(role, tokens.shape[1]):
+            return self.feed(role, tokens.shape[1], tokens, 0, draw=False)
 
-    def draw(self, role: str, logits: Tensor, positions: Tensor, stream: int) -> Tensor:
+    def draw(
+        self, role: str, logits: Tensor, positions: Tensor, ids: Tensor, stream: int = STREAM_TOKEN
+    ) -> Tensor:
+        """Tokens of one model, at the response positions of sequences, of any equal shape."""
         warp = self.sampling
-        ids = self.slots.sequence.view(-1, *[1] * (positions.dim() - 1)).expand(positions.shape)
-        self.asked = positions
         token = sample(
             logits.flatten(0, -2), temperature=getattr(self.sampling, f"{role}_temperature"),
             top_k=warp.top_k, top_p=warp.top_p, min_p=warp.min_p,
@@ -171,19 +112,17 @@ class _Decoder:
         )  # fmt: skip
         return token.view(positions.shape)
 
-    def decide(self, drafter: str, draft: Tensor, logits: dict[str, Tensor], positions: Tensor):
+    def decide(self, drafter: str, draft: Tensor, logits: dict, positions: Tensor, ids: Tensor):
         """SwitchSelection and thresholds of the drafted positions, all (n, k)."""
         policy, sampling = self.policy, self.sampling
-        ids = self.slots.sequence[:, None].expand(positions.shape)
-        self.asked = positions
         redraw = STREAM_REDRAW if policy.metric == "rank" else STREAM_TOKEN
         known = {"teacher": None, "student": None}
-        if drafter == "student" or redraw == STREAM_TOKEN:
+        if drafter == "student" or (drafter == "teacher" and redraw == STREAM_TOKEN):
             known[drafter] = draft
         for role in known:
             if known[role] is None and sampling.filtered:
                 stream = redraw if role == "teacher" else STREAM_TOKEN
-                known[role] = self.draw(role, logits[role], positions, stream)
+                known[role] = self.draw(role, logits[role], positions, ids, stream)
         keys = dict(sequence_ids=ids.reshape(-1), positions=positions.reshape(-1))
 
         def select(threshold, **tokens) -> SwitchSelection:
@@ -200,23 +139,23 @@ class _Decoder:
 
         if self.slots.state is None:
             tau = policy.threshold(None, sampling.seed, ids, positions)
-            return select(tau), tau
+            return without_comparison(select(tau), policy.settled(None, positions)), tau
         # The threshold depends on earlier divergences: measure all, then go through them in order.
-        other = "teacher" if drafter == "student" else "student"
-        probe = select(-float("inf") if other == "teacher" else float("inf"))
-        known[other] = probe.token if known[other] is None else known[other]
-        measured = probe.divergence
-        state, taus = self.slots.working_state(), []
+        for role, threshold in (("teacher", -float("inf")), ("student", float("inf"))):
+            probe = select(threshold)
+            known[role] = probe.token if known[role] is None else known[role]
+        state, taus, settled = self.slots.working_state(), [], []
         standing = torch.ones_like(self.slots.last, dtype=torch.bool)
         for i in range(positions.shape[1]):
+            settled.append(policy.settled(state, positions[:, i]))
             taus.append(policy.threshold(state, sampling.seed, ids[:, i], positions[:, i]))
-            d = measured[:, i]
+            d = probe.divergence[:, i]
             teacher_writes = d > taus[-1].to(d.dtype)
             token = torch.where(teacher_writes, known["teacher"][:, i], known["student"][:, i])
             policy.observe(state, taus[-1], d, rows=standing)
             standing = standing & (token == draft[:, i])
         tau = torch.stack(taus, 1)
-        return select(tau), tau
+        return without_comparison(select(tau), torch.stack(settled, 1)), tau
 
     def locate(self, error: InvalidLogits) -> None:
         """Tell the prompt, and in the message the token, where a row of logits was invalid."""
@@ -225,33 +164,62 @@ class _Decoder:
         error.row = int(self.slots.job[slot])
         error.args = (f"token {where[0]} of sequence {where[1]}: {error}",)
 
-    def alone(self, logits: Tensor, token: Tensor):
-        """What `decide` returns where there is no teacher."""
-        log_q = logits[..., : self.vocab_size].float().log_softmax(-1)
-        nothing = torch.full_like(log_q[..., 0], float("nan"))
+    def alone(self, role: str, logits: Tensor, token: Tensor):
+        """What `decide` returns where one model writes and the other is not asked."""
+        z = logits[..., : self.vocab_size]
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        said = z.log_softmax(-1).gather(-1, token.clamp(min=0)[..., None])[..., 0]
+        nothing = torch.full_like(said, float("nan"))
+        writes = role == "teacher"
         chosen = SwitchSelection(
-            token, torch.zeros_like(token, dtype=torch.bool), nothing, nothing,
-            log_q.gather(-1, token[..., None])[..., 0],
-        )  # fmt: skip
-        return chosen, torch.full_like(nothing, float("inf"), dtype=torch.float64)
+            token=token,
+            from_teacher=torch.full_like(token, writes, dtype=torch.bool),
+            divergence=nothing,
+            teacher_logprob=said if writes else nothing,
+            student_logprob=nothing if writes else said,
+        )
+        inf = float("-inf" if writes else "inf")
+        return chosen, torch.full_like(nothing, inf, dtype=torch.float64)
+
+    def write(self, drafter: str, k: int, only: str | None, positions: Tensor):
+        """(draft, SwitchSelection, thresholds, teacher's hidden states) of k positions a row.
+
+        only: the one model that writes, with the other as a drafter at most.
+        """
+        logits, hidden = {}, {}
+        if drafter == "history":
+            draft = self.history[self.slots.job[:, None], positions]
+        else:
+            draft, logits[drafter], hidden[drafter] = self.draft(drafter, k)
+        for role in ROLES if only is None else (only,):
+            if role not in logits:
+                logits[role], hidden[role] = self.verify(role, draft)
+                if drafter == "history" and self.graphs.enabled:  # the next call reuses the memory
+                    logits[role], hidden[role] = logits[role].clone(), hidden[role].clone()
+        self.asked, ids = positions, self.slots.sequence[:, None].expand(positions.shape)
+        with self.engine.timed("decide", k):
+            if only is None:
+                chosen, tau = self.decide(drafter, draft, logits, positions, ids)
+            else:
+                token = draft
+                if drafter != only:
+                    token = self.draw(only, logits[only], positions, ids)
+                chosen, tau = self.alone(only, logits[only], token)
+        return draft, chosen, tau, hidden.get("teacher")
 
     def round(self, limit: int) -> list[int]:
         """One round of at most `limit` tokens for the rows at work; the slots that are finished."""
-        slots, place = self.slots, self.slots.mean_position()
-        alone = "teacher" not in self.models
-        drafter, k = ("student", 1) if alone else self.planner.choose(place, limit)
-        draft, logits, hidden = self.draft(drafter, k)
-        positions = (slots.length - slots.prompt)[:, None] + torch.arange(k, device=slots.device)
-        if alone:
-            chosen, tau = self.alone(logits, draft)
+        slots, place, n = self.slots, self.slots.mean_position(), self.slots.n
+        only = "teacher" if all(slots.settled[:n]) else None
+        if "teacher" not in self.models:
+            only, drafter, k = "student", "student", 1
         else:
-            fed = torch.cat([slots.last[:, None], draft[:, :-1]], 1)
-            other_logits, other_hidden = self.verify(OTHER[drafter], fed)
-            hidden = hidden if drafter == "teacher" else other_hidden
-            start = time.perf_counter()
-            both = {drafter: logits, OTHER[drafter]: other_logits}
-            chosen, tau = self.decide(drafter, draft, both, positions)
-            self.planner.took("decide", k, time.perf_counter() - start)
+            drafter, k = self.planner.choose(
+                place, limit, settled=only is not None, student_follows=all(slots.follows[:n]),
+                along=sum(slots.along[:n]) / n,
+            )  # fmt: skip
+        positions = (slots.length - slots.prompt)[:, None] + torch.arange(k, device=slots.device)
+        draft, chosen, tau, hidden = self.write(drafter, k, only, positions)
 
         # A row gains tokens up to the first that was not drafted, ends the response or is its last.
         right = (chosen.token == draft).long().cumprod(1)
@@ -259,24 +227,44 @@ class _Decoder:
         gained = 1 + (right * ~ends)[:, : k - 1].cumprod(1).sum(1)
         last = (gained - 1)[:, None]
         values = {**chosen._asdict(), "threshold": tau}
-        if self.keep_hidden and not alone:
+        if self.keep_hidden and hidden is not None:
             values["hidden"] = hidden
         self.record.write(slots.job, positions, gained, values)
-        finished = ends.gather(1, last)[:, 0]
+        kept = torch.arange(k, device=slots.device) < gained[:, None]
+        looks = {
+            "gained": gained,
+            "finished": ends.gather(1, last)[:, 0],
+            "right": right.sum(1),
+            "undefined": ((chosen.token < 0) & kept).any(1),  # a kernel's flag: it does not raise
+            "settled": self.policy.settled(slots.working_state(), slots.last),
+        }
+        if self.history is not None:
+            strays = self.history[slots.job[:, None], positions] != chosen.token
+            looks["strays"] = (strays & kept).any(1)
         slots.last.copy_(chosen.token.gather(1, last)[:, 0])
         slots.length.add_(gained)
+        return self.settle(looks, drafter, k, only, place)
 
-        kept = torch.arange(k, device=slots.device) < gained[:, None]
-        undefined = ((chosen.token < 0) & kept).any(1)  # a kernel's flag: it does not raise
+    def settle(self, looks: dict, drafter: str, k: int, only: str | None, place: float):
+        """Take note of a round on the host."""
+        slots = self.slots
         # the one look of a round at the device
-        host = torch.stack([gained, finished.long(), right.sum(1), undefined.long()]).tolist()
-        if any(host[3]):
-            row = host[3].index(1) * k
+        rows = torch.stack([x.long() for x in looks.values()]).tolist()
+        host = dict(zip(looks, rows, strict=True))
+        self.engine.tell()
+        if any(host["undefined"]):
+            row = host["undefined"].index(1) * k
             raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)
-        self.planner.saw(drafter, place, sum(host[2]), sum(min(r + 1, k) for r in host[2]))
-        for slot, count in enumerate(host[0]):
-            slots.lengths[slot] += count
-        return [slot for slot, done in enumerate(host[1]) if done]
+        seen = [r for r, on in zip(host["right"], slots.along, strict=False)
+                if on or drafter != "history"]  # fmt: skip
+        if drafter != only:
+            self.planner.saw(drafter, place, sum(seen), sum(min(r + 1, k) for r in seen))
+        for slot, gained in enumerate(host["gained"]):
+            slots.lengths[slot] += gained
+            slots.settled[slot] = bool(host["settled"][slot])
+            slots.follows[slot] &= only != "teacher" or drafter == "student"
+            slots.along[slot] &= not host.get("strays", [1] * slots.n)[slot]
+        return [slot for slot, done in enumerate(host["finished"]) if done]
 
 
 @torch.no_grad()
@@ -297,39 +285,44 @@ def rollout(
     drafter: str | None = None,
     costs: dict[str, float] | None = None,
     keep_hidden: bool = False,
+    history: Sequence[Sequence[int] | None] | None = None,
+    engine: Engine | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Write one completion per prompt; the tokens and records are those of `rollout_naive`.
 
     prompts: any number of lists of token ids, any lengths, none empty. batch_size: rows at work at
-    once (default: all prompts); a row that is finished makes room for the next prompt at once.
-    block, drafter: how many tokens are drafted a round, by "student" or "teacher"; None: what is
-    fastest by measured times and acceptance, or by the relative `costs` of a pass of either.
+    once (default: all prompts; fewer if their caches do not fit into memory); a row that is
+    finished makes room for the next prompt at once.
+    block, drafter, costs: as in `Engine`; or engine: one to go on with, for these two models.
     keep_hidden: return the teacher's last hidden states that predicted the tokens, (all response
-    tokens, H), row by row.
+    tokens, H), row by row. history: an earlier completion of each prompt, or None, to be tried as a
+    draft.
     The other arguments, and errors, as in `rollout_naive`; on_step(tokens, prompts that are not
-    finished) is called after every round. Raises ValueError for architectures with sliding windows.
+    finished) is called after every round. Raises ValueError for architectures with sliding windows,
+    and where not one row fits into memory.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
     if teacher is None and policy.needs_teacher:
         raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    given = {"teacher": teacher, "student": student}
-    given = {role: model for role, model in given.items() if model is not None}
-    for model in given.values():
+    if history is not None and len(history) != len(prompts):
+        raise ValueError(f"history: got {len(history)}, expected one for each of {len(prompts)}")
+    engine = engine or Engine(teacher, student, block=block, drafter=drafter, costs=costs)
+    for model in engine.given.values():
         check_lengths(model, prompts, max_new_tokens)
         model.eval()
     start, device = time.perf_counter(), student.device
-    planner = Planner(block, drafter, costs, device.type)
-    count = min(batch_size or len(prompts), len(prompts))
     # A block may be drafted past the end of a response, never past its place in the cache.
-    capacity = max(map(len, prompts)) + max_new_tokens + max(planner.blocks)
-    models = {role: CachedModel(model, count, capacity) for role, model in given.items()}
-    slots = _Slots(count, policy, device)
-    record = _Record(len(prompts), max_new_tokens, pad_token_id, device)
+    capacity = max(map(len, prompts)) + max_new_tokens + max(engine.planner.blocks)
+    count = engine.prepare(min(batch_size or len(prompts), len(prompts)), capacity)
+    slots = Slots(engine.slots, policy, device)
+    record = Record(len(prompts), max_new_tokens, pad_token_id, device)
+    earlier = [list(tokens or ())[:max_new_tokens] for tokens in history or ()]
     decoder = _Decoder(
-        models, slots, record, planner, policy=policy, sampling=sampling, vocab_size=vocab_size,
+        engine, slots, record, pad_history(earlier, capacity, device),
+        policy=policy, sampling=sampling, vocab_size=vocab_size,
         eos=torch.as_tensor(list(eos_token_ids), dtype=torch.int64, device=device),
         max_new_tokens=max_new_tokens, keep_hidden=keep_hidden,
     )  # fmt: skip
@@ -341,15 +334,14 @@ def rollout(
         # Prompts into free slots, then no gap: the last rows move where no prompt is left.
         jobs = list(zip(free, waiting, strict=False))
         for slot, job in jobs:
-            slots.put(slot, job, int(ids[job]), prompts[job])
+            slots.put(slot, job, int(ids[job]), prompts[job], bool(earlier and earlier[job]))
         if jobs:
             decoder.prefill([slot for slot, _ in jobs], [prompts[job] for _, job in jobs])
         for slot in sorted(free[len(jobs) :], reverse=True):
-            slots.n -= 1
-            if slot != slots.n:
-                for model in models.values():
-                    model.cache.move(slots.n, slot, slots.lengths[slots.n])
-                slots.move(slots.n, slot)
+            source = slots.free(slot)
+            if source is not None:
+                for model in engine.models.values():
+                    model.cache.move(source, slot, slots.lengths[slot])
         before = sum(slots.lengths[: slots.n])
         try:
             free = decoder.round(max_new_tokens - slots.least_position())
@@ -361,3 +353,11 @@ def rollout(
         if on_step is not None:
             on_step(written, left)
     return record.rollout(time.perf_counter() - start)
+
+
+def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> Tensor | None:
+    """(P, width) tokens, -1 after the end of each; None if there are none."""
+    if not any(earlier):
+        return None
+    padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
+    return torch.tensor(padded, device=device)

@@ -1,8 +1,9 @@
 """Who drafts, and how many tokens: the cheapest choice by measured times and measured acceptance.
 
-A round of k drafts costs k passes of the drafter and one of the verifier over k positions, and is
-expected to yield 1 + a + ... + a^(k-1) tokens, a being the share of drafts that turn out right. One
-draft is the naive step, so the planner never does worse than that on what it has measured.
+A round of k drafts costs k passes of the drafter (none if they come from an earlier completion) and
+one pass over k positions of each other model that is needed, and is expected to yield
+1 + a + ... + a^(k-1) tokens, a being the share of drafts that turn out right. One draft is the
+naive step, so the planner never does worse than that on what it has measured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ BUCKET = 8  # positions that share an acceptance rate: it changes as the thresho
 MEMORY = 0.9  # weight of what was seen before, each time something is seen
 GUESS = 0.7  # acceptance before anything was seen: high enough that a draft gets tried
 SLOPE = {"cpu": 0.5}  # what a further position adds to a pass, before it was measured; else 0.1
+DRAFTERS = ("student", "teacher", "history")
 
 
 class Planner:
@@ -32,15 +34,15 @@ class Planner:
     ):
         if block is not None and block < 1:
             raise ValueError(f"block: got {block}, expected at least 1, or None to adapt it")
-        if drafter not in (None, "teacher", "student"):
-            raise ValueError(f"drafter: got {drafter!r}, expected 'teacher', 'student' or None")
+        if drafter not in (None, *DRAFTERS):
+            raise ValueError(f"drafter: got {drafter!r}, expected one of {DRAFTERS}, or None")
         self.blocks = BLOCKS if block is None else (block,)
-        self.drafters = ("student", "teacher") if drafter is None else (drafter,)
+        self.drafters = DRAFTERS if drafter is None else (drafter,)
         self.seconds: dict[str, dict[int, float]] = {"teacher": {}, "student": {}, "decide": {}}
         self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
             self.seconds[role][1] = cost
-        self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in ("teacher", "student")}
+        self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in DRAFTERS}
 
     def took(self, what: str, count: int, seconds: float) -> None:
         """A pass of a model, or a decision, over `count` positions of each row was timed."""
@@ -77,16 +79,39 @@ class Planner:
             slope = max((known[rest[0]] - known[a]) / (rest[0] - a), 0.0)
         return max(known[a] + slope * (count - a), 0.1 * known[a])
 
-    def choose(self, position: float, limit: int) -> tuple[str, int]:
-        """(drafter, k <= limit) with the most expected tokens a second around `position`."""
+    def choose(
+        self,
+        position: float,
+        limit: int,
+        *,
+        settled: bool = False,
+        student_follows: bool = True,
+        along: float = 0.0,
+    ) -> tuple[str, int]:
+        """(drafter, k <= limit) with the most expected tokens a second around `position`.
+
+        settled: the teacher writes all rows, the student is needed as a drafter only, and only if
+        student_follows, that is, its cache holds all rows. along: share of rows that have so far
+        followed their earlier completion.
+        """
 
         def tokens_per_second(choice: tuple[str, int]) -> float:
             drafter, k = choice
-            verifier = "teacher" if drafter == "student" else "student"
-            rate = self.acceptance(drafter, position)
+            needed = {"teacher"} if settled else {"teacher", "student"}
+            seconds = sum(self.cost(role, k) for role in needed - {drafter})
+            seconds += k * self.cost(drafter, 1) if drafter != "history" else 0.0
+            seconds += 0.0 if settled else self.cost("decide", k)
+            rate = 1.0 if needed == {drafter} else self.acceptance(drafter, position)
             expected = sum(rate**i for i in range(k))
-            seconds = k * self.cost(drafter, 1) + self.cost(verifier, k) + self.cost("decide", k)
+            if drafter == "history":  # a row that has left it still gains a token
+                expected = along * expected + 1 - along
             return expected / seconds if seconds else k == 1
 
+        usable = {
+            "teacher": True,
+            "student": student_follows,
+            "history": along > 0 or self.drafters == ("history",),
+        }
+        drafters = [d for d in self.drafters if usable[d]] or ["teacher"]
         blocks = sorted({min(k, limit) for k in self.blocks})
-        return max(((d, k) for d in self.drafters for k in blocks), key=tokens_per_second)
+        return max(((d, k) for d in drafters for k in blocks), key=tokens_per_second)

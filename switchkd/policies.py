@@ -35,6 +35,8 @@ class Policy:
     `metric` is what `switch_select` measures. `start` makes the state of a batch, `threshold`
     returns tau for the tokens at `positions`, and `observe` is told the divergences that were
     measured there, for all rows or those of a mask. A stateless policy leaves `state` as None.
+    `settled` tells the rows that the teacher writes from here on, whatever the student thinks:
+    nothing is compared there, and divergence and student_logprob of their records are NaN.
     """
 
     metric = "jsd"
@@ -48,6 +50,10 @@ class Policy:
 
     def observe(self, state, threshold: Tensor, divergence: Tensor, rows=None) -> None:
         pass
+
+    def settled(self, state, positions: Tensor) -> Tensor:
+        """bool, of the shape of `positions`."""
+        return torch.zeros_like(positions, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Teacher(Policy):
 
     def threshold(self, state, seed, sequence_ids, positions):
         return torch.full(positions.shape, -math.inf, dtype=torch.float64, device=positions.device)
+
+    def settled(self, state, positions):
+        return torch.ones_like(positions, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,9 @@ class AdaSwitch(Policy):
         state["window"].scatter_(1, slot, new[:, None])
         state["seen"] += rows
         state["handed_over"] |= (divergence > threshold) & rows
+
+    def settled(self, state, positions):
+        return state["handed_over"].clone()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Rollout:
     tokens (B, T) int64, `pad` after each row's end; lengths (B,) int64, EOS counted;
     from_teacher (B, T) bool; divergence, threshold, teacher_logprob, student_logprob (B, T) float,
     NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD;
-    log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN.
+    log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN, and where
+    the teacher writes in any case (`Policy.settled`) divergence and student_logprob are.
     teacher_hidden (sum of lengths, H), if asked for: the teacher's last hidden state that predicted
     each token, row by row.
     """
@@ -144,6 +145,15 @@ class _Stream:
         return out.logits[:, -1]
 
 
+def without_comparison(chosen: SwitchSelection, settled: Tensor) -> SwitchSelection:
+    """The same where the teacher writes anyway: nothing was compared there."""
+    nothing = chosen.divergence.new_tensor(math.nan)
+    return chosen._replace(
+        divergence=torch.where(settled, nothing, chosen.divergence),
+        student_logprob=torch.where(settled, nothing, chosen.student_logprob),
+    )
+
+
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that are empty, or that do not leave room for the response."""
     for row, prompt in enumerate(prompts):
@@ -211,8 +221,9 @@ def rollout_naive(
     for t in range(max_new_tokens):
         logits = [s.step(tokens, mask[:, : longest + t], positions) for s in streams]
         step = torch.full((rows,), t, device=device)
+        settled = policy.settled(state, step)
         chosen, tau = _select(logits, policy, state, sampling, ids, step, vocab_size)
-        record.append((chosen, tau, running.clone()))
+        record.append((without_comparison(chosen, settled), tau, running.clone()))
         if teacher is not None:
             policy.observe(state, tau, chosen.divergence)
         running &= ~torch.isin(chosen.token, eos)

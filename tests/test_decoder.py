@@ -7,8 +7,9 @@ import torch
 from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
-from switchkd.cache import CachedModel
+from switchkd import engine, graphs
 from switchkd.decoder import rollout
+from switchkd.engine import Engine
 from switchkd.planner import Planner
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Rollout, Sampling, rollout_naive
@@ -70,6 +71,33 @@ def test_every_plan_writes_what_the_naive_loop_writes(policy):
             block=block, drafter=drafter, batch_size=size, **COMMON,
         )  # fmt: skip
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("policy", [Teacher(), Switch(max_new_tokens=T), AdaSwitch(1.2, 3), SKD(3)])
+def test_any_change_of_plans_between_rounds(policy, monkeypatch):
+    """Drafter and block drawn anew each round, earlier completions among them, some of them off."""
+    teacher, student = pair()
+    given = dict(COMMON, sequence_ids=range(7))
+    want = rollout_naive(teacher, student, prompts(), policy, **given)
+    rng, plans = random.Random(3), set()
+
+    def choose(self, position, limit, *, settled, student_follows, along):
+        drafters = ["teacher", "history"] + ["student"] * student_follows
+        plan = rng.choice(drafters), rng.randint(1, min(8, limit))
+        plans.add((plan[0], settled))
+        return plan
+
+    monkeypatch.setattr(Planner, "choose", choose)
+    history = want.completions()
+    history[1], history[2], history[3] = None, [], history[3][:2]
+    history[4] = [*history[4][:1], 5, *history[4][2:]]
+    for size in (1, 3, 7):
+        got = rollout(
+            teacher, student, prompts(), policy, batch_size=size, history=history, **given
+        )
+        assert_same(got, want)
+    settles = isinstance(policy, Teacher | AdaSwitch)
+    assert plans >= {(d, s) for d in ("teacher", "history") for s in (False, settles)}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -167,6 +195,115 @@ def test_drafts_save_passes_of_the_verifier():
     assert calls.count("pass") == 1 + 4 and "whole model" not in calls  # prompt, 4 + 4 + 4 + 2
 
 
+def passes(model, call):
+    """How many forward passes `call` makes of the layers of `model`, and what it returns."""
+    calls = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    out = call()
+    hook.remove()
+    return len(calls), out
+
+
+def test_the_student_rests_once_the_teacher_writes_all():
+    """AdaSwitch after its hand-over, and teacher-written sequences: one pass more and no other."""
+    teacher, student = pair()
+    given = COMMON | {"eos_token_ids": []}
+    for policy in (AdaSwitch(K=1e-3, L=2), Teacher()):
+        count, got = passes(
+            student,
+            lambda policy=policy: rollout(
+                teacher, student, prompts(), policy, block=1, drafter="teacher", **given
+            ),
+        )
+        settled = got.threshold.isneginf()
+        last = int((~settled).sum(1).max())  # rounds in which some row was compared
+        assert count == 1 + max(last, 1) < T
+        assert got.from_teacher[settled].all() and got.divergence[settled].isnan().all()
+        want = rollout_naive(teacher, student, prompts(), policy, **given)
+        assert_same(got, want)
+
+
+def test_an_earlier_completion_is_verified_in_blocks():
+    teacher, student = pair()
+    given = COMMON | {"eos_token_ids": [], "batch_size": 3}
+    policy = Switch(max_new_tokens=T)
+    plain = rollout(teacher, student, prompts(), policy, block=4, drafter="student", **given)
+    count, again = passes(
+        teacher,
+        lambda: rollout(
+            teacher, student, prompts(), policy, block=7, drafter="history",
+            history=plain.completions(), **given,
+        ),
+    )  # fmt: skip
+    assert_same(again, plain)
+    assert count == 3 * (1 + T // 7)  # three batches: a prefill, two blocks each
+    with pytest.raises(ValueError, match="history: got 1, expected one for each of 7"):
+        rollout(teacher, student, prompts(), policy, history=[[3]], **given)
+
+
+def test_an_engine_goes_on_with_its_memory():
+    teacher, student = pair()
+    kept, policy = Engine(teacher, student, block=3), Switch(max_new_tokens=T)
+    shapes = []
+    for asked, size in ((prompts(5), 5), (prompts(4, seed=2), 2), (prompts(9, seed=4), 9)):
+        want = rollout_naive(teacher, student, asked, policy, **COMMON)
+        got = rollout(teacher, student, asked, policy, batch_size=size, engine=kept, **COMMON)
+        assert_same(got, want)
+        shapes.append(kept.models["teacher"].cache)
+    assert shapes[0] is shapes[1] and shapes[1] is not shapes[2]  # 9 rows need more
+    kept.release()
+    assert not kept.models
+
+
+def test_what_does_not_fit_into_memory_is_split_or_refused(monkeypatch, caplog):
+    teacher, student = pair()
+    policy, asked = Switch(max_new_tokens=T), prompts()
+    want = rollout_naive(teacher, student, asked, policy, **COMMON)
+    # 2 layers, 2 key heads of width 8, keys and values, float64: 512 bytes a position and model.
+    capacity = max(map(len, asked)) + T + 4
+    monkeypatch.setattr(engine, "free_bytes", lambda device: int(2.5 * 1024 * capacity / 0.9))
+    assert_same(rollout(teacher, student, asked, policy, block=4, **COMMON), want)
+    assert "decoding 2 rows at once instead of 7" in caplog.text
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"not one row fits.*positions a row take .* MiB of the t"):
+        rollout(teacher, student, asked, policy, block=4, **COMMON)
+
+
+def test_graphs_write_what_calls_write(monkeypatch):
+    """With what a graph does to memory: fixed places for what goes in, and what comes out is lost
+    at the next replay of any graph. Batches and lengths are padded as for graphs."""
+    teacher, student = pair()
+    outputs = []
+
+    def capture(self, function, places):
+        mine = [x.clone() for x in function(*places)]
+        outputs.append(mine)
+
+        def replay():
+            for other in (x for entry in outputs for x in entry):
+                other.fill_(float("nan") if other.is_floating_point() else 3)
+            for place, value in zip(mine, function(*places), strict=True):
+                place.copy_(value)
+
+        return replay, places, mine
+
+    monkeypatch.setattr(graphs.Graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "REACH", 8)
+    for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3)):
+        want = rollout_naive(teacher, student, prompts(), policy, **COMMON)
+        for drafter in ("student", "teacher", "history"):
+            kept = Engine(teacher, student, block=3, drafter=drafter)
+            for _ in range(2):  # the second time all graphs are there
+                kept.graphs.enabled = True
+                got = rollout(
+                    teacher, student, prompts(), policy, batch_size=5, engine=kept,
+                    history=want.completions(), **COMMON,
+                )  # fmt: skip
+                assert_same(got, want)
+                kinds = len(kept.graphs.captured)
+            assert len(kept.graphs.captured) == kinds > 0
+
+
 def test_nan_logits_are_refused_with_the_prompt_and_the_place():
     teacher, student = pair()
     with torch.no_grad():  # the token is fed, and the next position is undefined
@@ -197,39 +334,6 @@ def test_refusals_say_what_was_got():
         rollout(teacher, student, [[3] * 120], Switch(max_new_tokens=T), **COMMON)
 
 
-def test_sliding_windows_are_refused():
-    windowed = tiny_model("qwen2")
-    windowed.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding_attention.*naive loop"):
-        CachedModel(windowed, 1, 8)
-    flash = tiny_model()
-    flash.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="flex_attention"):
-        CachedModel(flash, 1, 8)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cache_agrees_with_a_full_forward_pass(name, attention):
-    """Unequal lengths, rows out of order, blocks of several sizes, a rollback and what follows."""
-    model = tiny_model(name)
-    model.set_attn_implementation(attention)
-    ids = torch.randint(2, VOCAB, (3, 20))
-    full = model(ids).logits
-    cached = CachedModel(model, slots=4, capacity=24)
-    order, prompt = torch.tensor([1, 2, 0]), torch.tensor([9, 6, 4])
-    cached.feed(ids[order, :9], torch.zeros_like(prompt), 9, rows=torch.tensor([0, 1, 2]))
-    lengths = prompt.clone()
-    for count, back in ((1, 0), (3, 2), (4, 1), (1, 0)):
-        tokens = torch.stack([ids[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
-        logits = cached.logits(cached.feed(tokens, lengths, int(lengths.max()) + count))
-        want = torch.stack([full[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
-        exact = attention == "sdpa"  # the eager one takes its softmax in float32
-        tolerance = dict(rtol=1e-9, atol=1e-9) if exact else dict(rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(logits, want, **tolerance)
-        lengths += count - back
-
-
 def test_the_planner_picks_what_is_cheapest():
     dear_teacher = Planner()
     for role, one, four in (("teacher", 10.0, 11.0), ("student", 1.0, 1.2)):
@@ -248,3 +352,14 @@ def test_the_planner_picks_what_is_cheapest():
     even.saw("teacher", 0, right=99, total=100)
     assert even.choose(0, 8) == ("teacher", 8)
     assert Planner(block=4, drafter="teacher").choose(0, 8) == ("teacher", 4)
+    # No student needed: the teacher alone, or with drafts of a student that is much cheaper.
+    alone = Planner(costs={"teacher": 1.0, "student": 1.0})
+    assert alone.choose(0, 8, settled=True) == ("teacher", 1)
+    cheap = Planner(costs={"teacher": 1.0, "student": 0.01})
+    assert cheap.choose(0, 8, settled=True)[0] == "student"
+    assert cheap.choose(0, 8, settled=True, student_follows=False) == ("teacher", 1)
+    # An earlier completion costs no draft, and is of use to the rows that follow it.
+    past = Planner(costs={"teacher": 1.0, "student": 0.9})
+    past.saw("history", 0, right=99, total=100)
+    assert past.choose(0, 8, along=1.0)[0] == "history"
+    assert past.choose(0, 8, along=0.01)[0] != "history"

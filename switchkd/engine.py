@@ -1,0 +1,119 @@
+"""What outlives a rollout: both caches, the graphs over them, and what was learnt about speed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import psutil
+import torch
+from torch import nn
+
+from switchkd.cache import CachedModel, check_architecture, position_bytes
+from switchkd.graphs import Graphs
+from switchkd.planner import Planner
+
+log = logging.getLogger(__name__)
+
+MARGIN = 0.9  # share of the free memory that caches may take
+
+
+class Engine:
+    """Decodes with two models; give the same one to several rollouts to keep its memory and graphs.
+
+    block, drafter: how many tokens are drafted a round, by "student", "teacher" or "history"; None:
+    what is fastest by measured times and acceptance, or by the relative `costs` of a pass of
+    either, {"teacher": ..., "student": ...}; then nothing is carried from one rollout to the next,
+    and a rollout that is repeated takes the same rounds.
+    Raises ValueError for architectures that a row cache cannot serve.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        *,
+        block: int | None = None,
+        drafter: str | None = None,
+        costs: dict[str, float] | None = None,
+    ):
+        given = {"teacher": teacher, "student": student}
+        self.given = {role: model for role, model in given.items() if model is not None}
+        for model in self.given.values():
+            check_architecture(model)
+        self.device = student.device
+        self.plan = (block, drafter, costs, self.device.type)
+        self.planner = Planner(*self.plan)
+        self.slots = self.capacity = 0
+        self.models: dict[str, CachedModel] = {}
+        self.graphs = Graphs(self.device)
+        self.spans: list[tuple] = []
+
+    def prepare(self, rows: int, capacity: int) -> int:
+        """Make room for `rows` rows of `capacity` positions; returns how many fit, at most `rows`.
+
+        Raises ValueError with the numbers if not even one row fits.
+        """
+        if not self.planner.measures:
+            self.planner = Planner(*self.plan)
+        if rows <= self.slots and capacity <= self.capacity:
+            return rows
+        self.release()
+        rows = self.fitting(rows, capacity)
+        self.slots, self.capacity = rows, capacity
+        self.models = {
+            role: CachedModel(model, rows, capacity) for role, model in self.given.items()
+        }
+        return rows
+
+    def fitting(self, rows: int, capacity: int) -> int:
+        """How many rows fit into the memory that is free; says so if they are fewer."""
+        each = {role: capacity * position_bytes(model) for role, model in self.given.items()}
+        needed, free = sum(each.values()), free_bytes(self.device)
+        fit = int(MARGIN * free / needed)
+        numbers = (
+            f"{capacity} positions a row take "
+            + ", ".join(f"{size / 2**20:.1f} MiB of the {role}" for role, size in each.items())
+            + f"; {free / 2**30:.2f} GiB are free on {self.device}"
+        )
+        if fit < 1:
+            raise ValueError(f"not one row fits into the caches: {numbers}")
+        if fit < rows:
+            log.warning("decoding %d rows at once instead of %d: %s", fit, rows, numbers)
+        return min(fit, rows)
+
+    def release(self) -> None:
+        """Give back the memory of caches and graphs; the next rollout takes it again."""
+        self.models, self.graphs = {}, Graphs(self.device)
+        self.slots = self.capacity = 0
+
+    @contextlib.contextmanager
+    def timed(self, what: str, count: int) -> Iterator[None]:
+        """The planner will be told how long this took."""
+        start = self._now()
+        yield
+        self.spans.append((what, count, start, self._now()))
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def tell(self) -> None:
+        """Tell the planner all times, once the device is known to be through with them."""
+        for what, count, start, end in self.spans:
+            gpu = self.device.type == "cuda"
+            self.planner.took(what, count, start.elapsed_time(end) / 1e3 if gpu else end - start)
+        self.spans.clear()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available

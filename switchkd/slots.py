@@ -1,0 +1,108 @@
+"""What is in each row of the batch, and what was written for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from switchkd.policies import Policy
+from switchkd.rollout import Rollout
+
+
+class Record:
+    """What was written for P prompts, and the teacher's hidden states that predicted it."""
+
+    def __init__(self, prompts: int, width: int, pad: int, device: torch.device):
+        # One column more than a row can need: where what was drafted in vain is put.
+        nan = torch.full((prompts, width + 1), float("nan"), device=device)
+        self.width, self.hidden = width, None
+        self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
+        self.columns = {
+            "token": torch.full((prompts, width + 1), pad, device=device),
+            "from_teacher": torch.zeros_like(nan, dtype=torch.bool),
+        }
+        self.nan = nan
+
+    def write(self, job: Tensor, positions: Tensor, gained: Tensor, values: dict) -> None:
+        """values: name to (n, k) or (n, k, H), at the response positions (n, k) of n prompts."""
+        place = torch.arange(positions.shape[1], device=positions.device)
+        column = torch.where(place < gained[:, None], positions, self.width)
+        for name, value in values.items():
+            if name not in self.columns:
+                shape = (*self.nan.shape, *value.shape[2:])
+                self.columns[name] = value.new_full(shape, float("nan"))
+            self.columns[name][job[:, None], column] = value
+        self.lengths.index_add_(0, job, gained)
+
+    def rollout(self, seconds: float) -> Rollout:
+        longest = int(self.lengths.max())
+        inside = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
+        columns = {name: value[:, :longest] for name, value in self.columns.items()}
+        hidden = columns.pop("hidden", None)
+        return Rollout(
+            tokens=columns.pop("token").cpu(),
+            lengths=self.lengths.cpu(),
+            **{name: value.cpu() for name, value in columns.items()},
+            teacher_hidden=None if hidden is None else hidden[inside],
+            seconds=seconds,
+        )
+
+
+class Slots:
+    """What is in each row of the batch; rows 0 .. n - 1 are at work.
+
+    On the device: the prompt's number (job), its sequence id, the token that was written last, the
+    lengths of both caches and of the prompt, and the state of the policy. On the host: the two
+    lengths; `settled`, the teacher writes all that follows; `follows`, the student's cache is as
+    long as the teacher's; `along`, all tokens so far are those of an earlier completion.
+    """
+
+    def __init__(self, count: int, policy: Policy, device: torch.device):
+        self.n, self.policy, self.device = 0, policy, device
+        names = ("job", "sequence", "last", "length", "prompt")
+        self.columns = {x: torch.zeros(count, dtype=torch.int64, device=device) for x in names}
+        self.state = policy.start(count, device)
+        self.lengths, self.prompts = [0] * count, [0] * count
+        self.settled, self.follows, self.along = ([False] * count for _ in range(3))
+        self.host = (self.lengths, self.prompts, self.settled, self.follows, self.along)
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.columns[name][: self.n]
+
+    def working_state(self):
+        return self.state and {name: value[: self.n] for name, value in self.state.items()}
+
+    def put(self, slot: int, job: int, sequence: int, prompt: Sequence[int], along: bool) -> None:
+        """The last token of a prompt is not in the caches: the first draft follows from it."""
+        cached = len(prompt) - 1
+        self._set(slot, (job, sequence, prompt[-1], cached, cached))
+        for column, value in zip(self.host, (cached, cached, False, True, along), strict=True):
+            column[slot] = value
+        for name, fresh in (self.policy.start(1, self.device) or {}).items():
+            self.state[name][slot] = fresh[0]
+
+    def free(self, slot: int) -> int | None:
+        """Take a row out of work; the last working row moves there: its number, unless the same."""
+        self.n -= 1
+        source = self.n
+        if slot != source:
+            for column in (*self.columns.values(), *(self.state or {}).values(), *self.host):
+                column[slot] = column[source]
+        self._set(source, (0, 0, 0, 0, 0))  # may still be fed, to fill up a batch
+        return source if slot != source else None
+
+    def _set(self, slot: int, values: Sequence[int]) -> None:
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column[slot] = value
+
+    def reach(self, more: int) -> int:
+        return max(self.lengths[: self.n]) + more
+
+    def least_position(self) -> int:
+        written = zip(self.lengths[: self.n], self.prompts[: self.n], strict=True)
+        return min(length - prompt for length, prompt in written)
+
+    def mean_position(self) -> float:
+        return (sum(self.lengths[: self.n]) - sum(self.prompts[: self.n])) / self.n

@@ -1,0 +1,69 @@
+"""The row cache: what a model says with it is what it says without."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCAB, tiny_model
+
+from switchkd import attention
+from switchkd.cache import CachedModel
+
+
+def test_sliding_windows_are_refused():
+    windowed = tiny_model("qwen2")
+    windowed.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="sliding_attention.*naive loop"):
+        CachedModel(windowed, 1, 8)
+    other = tiny_model()
+    other.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention"):
+        CachedModel(other, 1, 8)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cache_agrees_with_a_full_forward_pass(name, attention):
+    """Unequal lengths, rows out of order, blocks of several sizes, a rollback and what follows."""
+    model = tiny_model(name)
+    model.set_attn_implementation(attention)
+    ids = torch.randint(2, VOCAB, (3, 20))
+    full = model(ids).logits
+    cached = CachedModel(model, slots=4, capacity=24)
+    order, prompt = torch.tensor([1, 2, 0]), torch.tensor([9, 6, 4])
+    cached.feed(ids[order, :9], torch.zeros_like(prompt), 9, rows=torch.tensor([0, 1, 2]))
+    lengths = prompt.clone()
+    for count, back in ((1, 0), (3, 2), (4, 1), (1, 0)):
+        tokens = torch.stack([ids[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
+        logits = cached.logits(cached.feed(tokens, lengths, int(lengths.max()) + count))
+        want = torch.stack([full[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
+        exact = attention == "sdpa"  # the eager one takes its softmax in float32
+        tolerance = dict(rtol=1e-9, atol=1e-9) if exact else dict(rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(logits, want, **tolerance)
+        lengths += count - back
+
+
+def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, softcap):
+    """What `flash_attn_with_kvcache` computes: queries (b, q, Hq, d) end at cache_seqlens."""
+    assert causal and not softcap and k_cache.stride(-1) == 1
+    where = torch.arange(k_cache.shape[1])
+    last = cache_seqlens[:, None] - q.shape[1] + torch.arange(q.shape[1])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k_cache, v_cache))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+    scores.masked_fill_(where > last[:, None, :, None], float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_attn)
+    monkeypatch.setattr("switchkd.cache.attention_for", lambda model: attention.FLASH)
+    test_cache_agrees_with_a_full_forward_pass(name, "sdpa")
+
+
+def test_attention_of_the_model_is_left_as_it_was():
+    model = tiny_model()
+    cached = CachedModel(model, 2, 8)
+    cached.feed(torch.tensor([[3]]), torch.tensor([0]), 1)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(IndexError):
+        cached.feed(torch.tensor([[3]]), torch.tensor([8]), 9)  # beyond the capacity
+    assert model.config._attn_implementation == "sdpa"
