@@ -71,6 +71,19 @@ def append_completions(output_dir: str | Path, records: list[dict]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
+def last_completions(output_dir: str | Path) -> dict[int, list[int]]:
+    """The tokens that were last written for each row; none if they were not saved."""
+    path = Path(output_dir) / COMPLETIONS
+    if not path.exists():
+        return {}
+    written = {}
+    with path.open(encoding="utf-8") as file, contextlib.suppress(json.JSONDecodeError):
+        for line in file:
+            record = json.loads(line)
+            written[record["row"]] = record["tokens"]
+    return written
+
+
 def drop_completions_after(output_dir: str | Path, step: int) -> None:
     """Forget completions written after `step`: the resumed run writes them again."""
     path = Path(output_dir) / COMPLETIONS

@@ -114,6 +114,14 @@ class SwitchConfig(TrainingArguments):
     )
     rollout_block: int | None = option("Tokens drafted a round; default: what is cheapest.")
     rollout_drafter: str | None = option("Who drafts: student or teacher; default the cheaper.")
+    draft_from_history: bool = option(
+        "Try a row's completion of the epoch before as a draft; the output is the same.", False
+    )
+    noise_per_epoch: bool = option(
+        "Fresh noise in each epoch. Without it a completion changes only where the student has, "
+        "and is a good draft for the next epoch's.",
+        True,
+    )
     rollout_dtype: str | None = option(
         "Decode with a copy in this type; default that of --bf16, --fp16."
     )

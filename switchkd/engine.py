@@ -46,7 +46,7 @@ class Engine:
         self.device = student.device
         self.plan = (block, drafter, costs, self.device.type)
         self.planner = Planner(*self.plan)
-        self.slots = self.capacity = 0
+        self.asked = self.slots = self.capacity = 0
         self.models: dict[str, CachedModel] = {}
         self.graphs = Graphs(self.device)
         self.spans: list[tuple] = []
@@ -58,15 +58,14 @@ class Engine:
         """
         if not self.planner.measures:
             self.planner = Planner(*self.plan)
-        if rows <= self.slots and capacity <= self.capacity:
-            return rows
-        self.release()
-        rows = self.fitting(rows, capacity)
-        self.slots, self.capacity = rows, capacity
-        self.models = {
-            role: CachedModel(model, rows, capacity) for role, model in self.given.items()
-        }
-        return rows
+        if rows > self.asked or capacity > self.capacity:
+            asked, capacity = max(rows, self.asked), max(capacity, self.capacity)
+            self.release()
+            self.asked, self.slots, self.capacity = asked, self.fitting(asked, capacity), capacity
+            self.models = {
+                role: CachedModel(model, self.slots, capacity) for role, model in self.given.items()
+            }
+        return min(rows, self.slots)
 
     def fitting(self, rows: int, capacity: int) -> int:
         """How many rows fit into the memory that is free; says so if they are fewer."""
@@ -87,7 +86,7 @@ class Engine:
     def release(self) -> None:
         """Give back the memory of caches and graphs; the next rollout takes it again."""
         self.models, self.graphs = {}, Graphs(self.device)
-        self.slots = self.capacity = 0
+        self.asked = self.slots = self.capacity = 0
 
     @contextlib.contextmanager
     def timed(self, what: str, count: int) -> Iterator[None]:

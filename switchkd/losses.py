@@ -13,6 +13,7 @@ import torch
 from switchkd_kernels import linear_divergence_loss
 from torch import Tensor, nn
 
+from switchkd.data import Row
 from switchkd.models import decoder_of, head_of
 
 
@@ -81,6 +82,16 @@ def teacher_hidden(teacher: nn.Module, batch: dict) -> Tensor:
         rest = {name: batch[name][~known] for name in names}
         joined[~of_token] = response_hidden(teacher, decoder_of(teacher), rest).to(joined.dtype)
     return joined
+
+
+@torch.no_grad()
+def kept_difference(teacher: nn.Module, row: Row, completion: list[int], kept: Tensor) -> float:
+    """How far the teacher's states (tokens, H) that a rollout kept are from a fresh forward pass,
+    relative to the largest of them."""
+    batch = collate([row.prompt_ids], [completion], 0)
+    batch = {name: x.to(kept.device) for name, x in batch.items()}
+    fresh = response_hidden(teacher, decoder_of(teacher), batch)
+    return ((kept - fresh).abs().max() / fresh.abs().max()).item()
 
 
 def response_labels(batch: dict) -> Tensor:

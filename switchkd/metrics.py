@@ -202,7 +202,7 @@ def describe(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, float]
     lengths, tokens = rollout.lengths.double(), int(rollout.lengths.sum())
     last = rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0]
     ended = torch.isin(last, torch.tensor(list(eos_token_ids))).double()
-    return {
+    values = {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
@@ -210,5 +210,7 @@ def describe(rollout: Rollout, eos_token_ids: Sequence[int]) -> dict[str, float]
         "rollout/teacher_share": rollout.teacher_tokens() / tokens,
         "rollout/divergence": rollout.divergence.nanmean().item(),
         "rollout/tokens_per_second": tokens / rollout.seconds,
+        "rollout/tokens_per_round": tokens / (rollout.row_rounds or tokens),
         "time/rollout": rollout.seconds,
     }
+    return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -213,16 +213,21 @@ def check_weights(model: nn.Module, role: str) -> None:
             raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
 
 
-def decoding_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in.
+@torch.no_grad()
+def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None = None) -> nn.Module:
+    """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in;
+    or twin, an earlier copy, with the present weights.
 
     Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
     """
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for wrapper in ("forward", "_original_forward"):  # would still call the original model
-        twin.__dict__.pop(wrapper, None)
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
+    if twin is None:
+        twin = copy.deepcopy(model).requires_grad_(False)
+        for wrapper in ("forward", "_original_forward"):  # would still call the original model
+            twin.__dict__.pop(wrapper, None)
+        for parameter in twin.parameters():
+            parameter.data = parameter.data.to(dtype)
+    for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.copy_(current)
     return twin
 
 

@@ -63,7 +63,7 @@ class Rollout:
     log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN, and where
     the teacher writes in any case (`Policy.settled`) divergence and student_logprob are.
     teacher_hidden (sum of lengths, H), if asked for: the teacher's last hidden state that predicted
-    each token, row by row.
+    each token, row by row. row_rounds: rounds of the block decoder, summed over rows.
     """
 
     tokens: Tensor
@@ -75,6 +75,7 @@ class Rollout:
     student_logprob: Tensor
     seconds: float = 0.0
     teacher_hidden: Tensor | None = None
+    row_rounds: int = 0
 
     RECORDS = ("from_teacher", "divergence", "threshold", "teacher_logprob", "student_logprob")
 

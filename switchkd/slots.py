@@ -17,7 +17,7 @@ class Record:
     def __init__(self, prompts: int, width: int, pad: int, device: torch.device):
         # One column more than a row can need: where what was drafted in vain is put.
         nan = torch.full((prompts, width + 1), float("nan"), device=device)
-        self.width, self.hidden = width, None
+        self.width, self.row_rounds = width, 0
         self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
         self.columns = {
             "token": torch.full((prompts, width + 1), pad, device=device),
@@ -35,6 +35,7 @@ class Record:
                 self.columns[name] = value.new_full(shape, float("nan"))
             self.columns[name][job[:, None], column] = value
         self.lengths.index_add_(0, job, gained)
+        self.row_rounds += len(job)
 
     def rollout(self, seconds: float) -> Rollout:
         longest = int(self.lengths.max())
@@ -47,6 +48,7 @@ class Record:
             **{name: value.cpu() for name, value in columns.items()},
             teacher_hidden=None if hidden is None else hidden[inside],
             seconds=seconds,
+            row_rounds=self.row_rounds,
         )
 
 

@@ -28,12 +28,14 @@ from switchkd.checkpoint import (
     checkpoint_step,
     drop_completions_after,
     last_checkpoint,
+    last_completions,
     unsaved,
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Row, Rows, rows_from, text_blocks
 from switchkd.decoder import rollout as block_rollout
+from switchkd.engine import Engine
 from switchkd.models import (
     check_weights,
     count_parameters,
@@ -119,7 +121,8 @@ class SwitchTrainer(Trainer):
         self.teacher = teacher_model
         if teacher_model is not None:
             self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
-        self._decoding_copy = None
+        self._decoding_copy = self._engine = None
+        self._history: dict[int, list[int]] = {}  # the last completion of each row
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._last_sample = None
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
@@ -155,10 +158,16 @@ class SwitchTrainer(Trainer):
         rollout = self.roll_out(picked, epoch) if chosen else None
         hidden: list[Tensor | None] = [None] * len(rows)
         if rollout is not None:
-            for i, tokens, states in zip(
-                chosen, rollout.completions(), rollout.hidden(), strict=True
-            ):
+            written = zip(chosen, rollout.completions(), rollout.hidden(), strict=True)
+            for i, tokens, states in written:
                 completions[i], hidden[i] = tokens, states
+                if self.args.draft_from_history:
+                    self._history[rows[i].id] = tokens
+            i = chosen[0]
+            if hidden[i] is not None and self.state.global_step % self.state.logging_steps == 0:
+                self._logs["rollout/hidden_difference"].append(
+                    losses.kept_difference(self.teacher, rows[i], completions[i], hidden[i])
+                )
         self._record(rollout, picked)
         order = sorted(
             range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
@@ -200,9 +209,10 @@ class SwitchTrainer(Trainer):
         """Completions of `rows` by the current student and the teacher, in the order given."""
         args, teacher, student = self.args, self.teacher, self._student_for_decoding()
         prompts = [row.prompt_ids for row in rows]
+        noise = epoch << 32 if args.noise_per_epoch else 0  # its key: below 2^56
         options = dict(
             batch_size=args.rollout_batch_size,
-            sequence_ids=[sequence_id(row.id, epoch) for row in rows],
+            sequence_ids=[noise | row.id for row in rows],
             sampling=self.sampling,
             max_new_tokens=args.max_new_tokens,
             eos_token_ids=self.vocabulary.eos_token_ids,
@@ -213,17 +223,22 @@ class SwitchTrainer(Trainer):
             try:
                 if args.decoder == "naive":
                     return rollout_in_batches(teacher, student, prompts, self.policy, **options)
-                models = (("teacher", teacher), ("student", student))
+                self._engine = self._engine or self._new_engine(teacher, student)
                 return block_rollout(
-                    teacher, student, prompts, self.policy, **options,
-                    block=args.rollout_block,
-                    drafter=args.rollout_drafter,
-                    costs={name: count_parameters(m) for name, m in models if m is not None},
+                    teacher, student, prompts, self.policy, **options, engine=self._engine,
                     keep_hidden=args.loss_type != "cross_entropy",
+                    history=[self._history.get(row.id) for row in rows],
                     on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
                 )  # fmt: skip
             except InvalidLogits as error:
                 raise self._broken(f"data row {rows[error.row].id}: {error}") from error
+
+    def _new_engine(self, teacher, student) -> Engine:
+        args, models = self.args, (("teacher", teacher), ("student", student))
+        costs = {name: count_parameters(m) for name, m in models if m is not None}
+        return Engine(
+            teacher, student, block=args.rollout_block, drafter=args.rollout_drafter, costs=costs
+        )
 
     def _bar(self, total: int, what: str, unit: str):
         off = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -238,12 +253,7 @@ class SwitchTrainer(Trainer):
         dtype = self.args.decoding_dtype()
         if dtype is None or dtype == next(student.parameters()).dtype:
             return student
-        if self._decoding_copy is None:
-            self._decoding_copy = decoding_copy(student, dtype)
-        with torch.no_grad():
-            pairs = zip(self._decoding_copy.parameters(), student.parameters(), strict=True)
-            for mine, current in pairs:
-                mine.copy_(current)
+        self._decoding_copy = decoding_copy(student, dtype, self._decoding_copy)
         return self._decoding_copy
 
     def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
@@ -261,16 +271,10 @@ class SwitchTrainer(Trainer):
         start = time.perf_counter()
         try:
             loss = losses.distillation_loss(
-                self.teacher,
-                model,
-                student,
-                inputs,
-                vocab_size=self.vocabulary.size,
-                kind=args.loss_type,
-                alpha=args.skew_alpha,
+                self.teacher, model, student, inputs, vocab_size=self.vocabulary.size,
+                kind=args.loss_type, alpha=args.skew_alpha, detach_mixture=args.detach_mixture,
                 beta=0.5 if args.beta is None else args.beta,
-                detach_mixture=args.detach_mixture,
-            )
+            )  # fmt: skip
         except InvalidLogits as error:
             where = torch.repeat_interleave(row_ids, inputs["completion_mask"].sum(1))
             raise self._broken(f"data row {int(where[error.row])}: {error}") from error
@@ -389,8 +393,5 @@ class SwitchTrainer(Trainer):
         self.totals, self.before = state["totals"], state["before"]
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
-
-
-def sequence_id(row_id: int, epoch: int) -> int:
-    """Keys the noise of a rollout: fresh for each row and epoch (below 2^56)."""
-    return (epoch << 32) | row_id
+        if self.args.draft_from_history:
+            self._history = last_completions(self.args.output_dir)
