@@ -30,6 +30,11 @@ class Meter:
         (naive_decoder._Stream, "step", "forward"),
         (naive_decoder, "_select", "decide"),
     )
+    COUNTED = (
+        (block_decoder._Decoder, "write", "round"),
+        (block_decoder._Decoder, "feed", "pass"),
+        (block_decoder._Decoder, "prefill_part", "prefill"),
+    )
 
     def __init__(self, synchronize: Callable[[], None]):
         self.synchronize = synchronize
@@ -37,9 +42,11 @@ class Meter:
         self.passes, self.rows, self.plans = Counter(), Counter(), Counter()
 
     def __enter__(self) -> Meter:
-        self.originals = [(owner, name, getattr(owner, name)) for owner, name, _ in self.WATCHED]
-        for owner, name, phase in self.WATCHED:
-            setattr(owner, name, self.timed(getattr(owner, name), phase))
+        watched = self.WATCHED + self.COUNTED
+        self.originals = {(owner, name): getattr(owner, name) for owner, name, _ in watched}
+        for wrap, places in ((self.timed, self.WATCHED), (self.counted, self.COUNTED)):
+            for owner, name, phase in places:
+                setattr(owner, name, wrap(getattr(owner, name), phase))
         self.synchronize()
         self.start = time.perf_counter()
         return self
@@ -47,7 +54,7 @@ class Meter:
     def __exit__(self, *_) -> None:
         self.synchronize()
         self.total = time.perf_counter() - self.start
-        for owner, name, original in self.originals:
+        for (owner, name), original in self.originals.items():
             setattr(owner, name, original)
 
     def timed(self, function: Callable, phase: str) -> Callable:
@@ -57,24 +64,24 @@ class Meter:
             out = function(*args, **kwargs)
             self.synchronize()
             self.seconds[phase] += time.perf_counter() - start
-            if isinstance(args[0], block_decoder._Decoder):
-                self.count(phase, *args)
             return out
 
         return run
 
-    def count(self, phase: str, decoder, *args) -> None:
-        rows = decoder.slots.n
-        if phase == "prefill":
-            self.passes.update(decoder.models.keys())
-        elif phase in ("draft", "verify"):
-            role = args[0]
-            passes = args[1] if phase == "draft" else 1
-            self.passes[role] += passes
-            self.rows[role] += passes * rows
-        if phase == "draft":
-            self.rows["rounds"] += rows
-            self.plans[f"{args[0]} {args[1]}"] += 1
+    def counted(self, function: Callable, phase: str) -> Callable:
+        def run(decoder, *args, **kwargs):
+            rows = decoder.slots.n
+            if phase == "round":
+                self.rows["rounds"] += rows
+                self.plans[f"{args[0]} {args[1]}" + (" alone" if args[2] == args[0] else "")] += 1
+            elif phase == "prefill":
+                self.passes.update(decoder.models.keys())
+            else:
+                self.passes[args[0]] += 1
+                self.rows[args[0]] += rows
+            return function(decoder, *args, **kwargs)
+
+        return run
 
     def steps(self, count: int, rows: int, *roles: str) -> None:
         """Count what goes token by token: `count` passes of each role over all rows."""
@@ -94,14 +101,6 @@ def weight_bytes(model: nn.Module) -> int:
     kept = model.get_output_embeddings().weight
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(kept)}
     return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
-
-
-def cache_bytes(model: nn.Module) -> int:
-    """Keys and values of one position."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
 class NoCache:

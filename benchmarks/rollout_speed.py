@@ -37,8 +37,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import rollout_pairs as pairs
-from benchmarks.rollout_meter import Meter, NoCache, cache_bytes, generate, weight_bytes
+from benchmarks.rollout_meter import Meter, NoCache, generate, weight_bytes
 from benchmarks.timing import Timer, copy_ceiling, dtype_name, open_device
+from switchkd.cache import position_bytes
 from switchkd.config import POLICIES, SwitchConfig
 from switchkd.decoder import rollout
 from switchkd.doctor import processor_name
@@ -191,7 +192,7 @@ class Bench:
         length = sum(map(len, prompts)) / len(prompts) + (self.args.max_new_tokens - 1) / 2
         for role, model in (("teacher", pair.teacher), ("student", pair.student)):
             needed += weight_bytes(model) * meter.passes[role]
-            needed += cached * cache_bytes(model) * length * meter.rows[role]
+            needed += cached * position_bytes(model) * length * meter.rows[role]
         return {
             "roofline_tokens_per_s": self.bandwidth * count / needed,
             "mb_per_token": needed / count / 1e6,

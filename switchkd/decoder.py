@@ -44,12 +44,18 @@ class _Decoder:
         self.max_new_tokens, self.keep_hidden = options["max_new_tokens"], options["keep_hidden"]
 
     def prefill(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
-        """Feed all but the last token of each prompt, padded on the right."""
-        longest = max(map(len, prompts)) - 1
-        if longest == 0:
-            return
-        rows = [list(p[:-1]) + [0] * (longest + 1 - len(p)) for p in prompts]
-        device = self.slots.device
+        """Feed all but the last token of each prompt.
+
+        A CPU takes those of about equal length together: there a padded token costs a token.
+        """
+        ratio = 0.8 if self.slots.device.type == "cpu" else 0.0
+        for part in by_length([len(p) - 1 for p in prompts], ratio):
+            self.prefill_part([slots[i] for i in part], [prompts[i][:-1] for i in part])
+
+    def prefill_part(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
+        """One pass over them, padded on the right."""
+        longest, device = max(map(len, prompts)), self.slots.device
+        rows = [list(p) + [0] * (longest - len(p)) for p in prompts]
         tokens, where = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
         for model in self.models.values():
             model.feed(tokens, torch.zeros_like(where), longest, rows=where)
@@ -361,3 +367,14 @@ def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> T
         return None
     padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
     return torch.tensor(padded, device=device)
+
+
+def by_length(lengths: list[int], ratio: float) -> list[list[int]]:
+    """Indices in groups in which no length is below `ratio` times the longest; none of length 0."""
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if not groups or lengths[i] < ratio * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

@@ -195,6 +195,9 @@ def test_drafts_save_passes_of_the_verifier():
     assert calls.count("pass") == 1 + 4 and "whole model" not in calls  # prompt, 4 + 4 + 4 + 2
 
 
+EVEN = [[i + 2, i + 3, i + 4] for i in range(7)]  # prompts that are prefilled in one pass
+
+
 def passes(model, call):
     """How many forward passes `call` makes of the layers of `model`, and what it returns."""
     calls = []
@@ -212,14 +215,14 @@ def test_the_student_rests_once_the_teacher_writes_all():
         count, got = passes(
             student,
             lambda policy=policy: rollout(
-                teacher, student, prompts(), policy, block=1, drafter="teacher", **given
+                teacher, student, EVEN, policy, block=1, drafter="teacher", **given
             ),
         )
         settled = got.threshold.isneginf()
         last = int((~settled).sum(1).max())  # rounds in which some row was compared
         assert count == 1 + max(last, 1) < T
         assert got.from_teacher[settled].all() and got.divergence[settled].isnan().all()
-        want = rollout_naive(teacher, student, prompts(), policy, **given)
+        want = rollout_naive(teacher, student, EVEN, policy, **given)
         assert_same(got, want)
 
 
@@ -227,18 +230,18 @@ def test_an_earlier_completion_is_verified_in_blocks():
     teacher, student = pair()
     given = COMMON | {"eos_token_ids": [], "batch_size": 3}
     policy = Switch(max_new_tokens=T)
-    plain = rollout(teacher, student, prompts(), policy, block=4, drafter="student", **given)
+    plain = rollout(teacher, student, EVEN, policy, block=4, drafter="student", **given)
     count, again = passes(
         teacher,
         lambda: rollout(
-            teacher, student, prompts(), policy, block=7, drafter="history",
+            teacher, student, EVEN, policy, block=7, drafter="history",
             history=plain.completions(), **given,
         ),
     )  # fmt: skip
     assert_same(again, plain)
     assert count == 3 * (1 + T // 7)  # three batches: a prefill, two blocks each
     with pytest.raises(ValueError, match="history: got 1, expected one for each of 7"):
-        rollout(teacher, student, prompts(), policy, history=[[3]], **given)
+        rollout(teacher, student, EVEN, policy, history=[[3]], **given)
 
 
 def test_an_engine_goes_on_with_its_memory():

@@ -9,8 +9,9 @@ from conftest import tiny_model
 
 from benchmarks import rollout_pairs as pairs
 from benchmarks import rollout_speed
-from benchmarks.rollout_meter import Meter, cache_bytes, weight_bytes
+from benchmarks.rollout_meter import Meter, weight_bytes
 from switchkd import decoder, rollout
+from switchkd.cache import position_bytes
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -81,12 +82,16 @@ def test_the_bytes_of_a_pass_by_hand(rows):
     pair = pairs.load_pair("tiny-gpt2", B, torch.float64, CPU)
     assert weight_bytes(pair.teacher) == 8 * teacher_weights == teacher_bytes
     assert weight_bytes(pair.student) == 8 * student_weights == student_bytes
-    assert cache_bytes(pair.teacher) == 2 * 2 * 128 * 8 and cache_bytes(pair.student) == 2 * 96 * 8
+    assert (
+        position_bytes(pair.teacher) == 2 * 2 * 128 * 8
+        and position_bytes(pair.student) == 2 * 96 * 8
+    )
     length = sum(len(p) for p in pair.prompts[:B]) / B + (T - 1) / 2
     weights = (teacher_bytes + student_bytes) / B
+    prefills = len(decoder.by_length([len(p) - 1 for p in pair.prompts[:B]], 0.8))
     want = {
         "naive": weights + (4096 + 1536) * length,
-        "block k=1 student": weights * (T + 1) / T + (4096 + 1536) * length,  # prompts: one more
+        "block k=1 student": weights * (T + prefills) / T + (4096 + 1536) * length,
         "naive, no cache": weights,
         "hf student": student_bytes / B + 1536 * length,
     }
@@ -103,7 +108,7 @@ def test_a_tied_head_is_read_and_grouped_heads_are_counted():
     for tied in (False, True):
         model = tiny_model("llama", dtype=torch.float32, tie_word_embeddings=tied)
         assert weight_bytes(model) == 4 * (2 * layer + 32 + 60 * 32)
-        assert cache_bytes(model) == 2 * 2 * 2 * 8 * 4
+        assert position_bytes(model) == 2 * 2 * 2 * 8 * 4
 
 
 def test_a_meter_leaves_nothing_behind():

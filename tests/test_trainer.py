@@ -334,3 +334,42 @@ def test_gradient_checkpointing_leaves_cache_and_rollouts_alone(tmp_path):
     assert files[0] == files[1]
     for a, b in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_log_tells_how_far_kept_states_are_from_fresh_ones(tmp_path):
+    trainer = make(tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    kept = [entry["rollout/hidden_difference"] for entry in trainer.state.log_history[:-1]]
+    assert len(kept) == 1 and 0 <= kept[0] < 1e-9
+    trainer.teacher.double().lm_head.weight.data += 1  # the head comes after the states
+    rows, states = trainer.train_dataset.rows, torch.zeros(2, 32, dtype=torch.float64)
+    from switchkd.losses import kept_difference
+
+    assert kept_difference(trainer.teacher, rows[0], [5, 6], states) == 1.0
+
+
+def test_earlier_completions_as_drafts_change_rounds_and_nothing_else(tmp_path):
+    """Four epochs; with the noise of the first a completion changes only where the student has."""
+    options = dict(max_steps=4, lmbda=1.0, learning_rate=1e-5, save_strategy="steps", save_steps=2)
+    per_round, tokens, trainers = {}, {}, {}
+    for noise in (True, False):
+        for history in (False, True):
+            folder = tmp_path / f"{noise}{history}"
+            trainer = make(folder, noise_per_epoch=noise, draft_from_history=history, **options)
+            trainer.train()
+            logs = trainer.state.log_history[:-1]
+            per_round[noise, history] = [entry["rollout/tokens_per_round"] for entry in logs]
+            lines = (folder / "completions.jsonl").read_text().splitlines()
+            tokens[noise, history] = [json.loads(line)["tokens"] for line in lines]
+            trainers[noise, history] = trainer
+    for noise in (True, False):
+        assert tokens[noise, True] == tokens[noise, False]
+        assert per_round[noise, True][0] == per_round[noise, False][0]  # nothing earlier yet
+    assert tokens[True, True] != tokens[False, True]
+    assert min(per_round[False, True][1:]) > 1.3 * max(per_round[False, False][1:])
+    # A resumed run drafts from what the first one wrote.
+    again = make(tmp_path / "FalseTrue", noise_per_epoch=False, draft_from_history=True, **options)
+    again.load_run_state(str(tmp_path / "FalseTrue" / "checkpoint-2"))
+    wanted = {row.id: tokens[False, True][8 + i] for i, row in enumerate(trainers[
+        False, True].train_dataset.rows)}  # fmt: skip
+    assert sorted(again._history.values()) == sorted(wanted.values())
