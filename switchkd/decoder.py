@@ -195,16 +195,19 @@ class _Decoder:
         logits, hidden = {}, {}
         if drafter == "history":
             draft = self.history[self.slots.job[:, None], positions]
+        elif k == 1 and only is None:  # the naive step: nothing follows from a draft, so none
+            draft = torch.full_like(positions, -1)
         else:
             draft, logits[drafter], hidden[drafter] = self.draft(drafter, k)
         for role in ROLES if only is None else (only,):
             if role not in logits:
                 logits[role], hidden[role] = self.verify(role, draft)
-                if drafter == "history" and self.graphs.enabled:  # the next call reuses the memory
+                if len(logits) == 1 and self.graphs.enabled:  # the next call reuses the memory
                     logits[role], hidden[role] = logits[role].clone(), hidden[role].clone()
         self.asked, ids = positions, self.slots.sequence[:, None].expand(positions.shape)
         with self.engine.timed("decide", k):
             if only is None:
+                drafter = "history" if k == 1 else drafter  # neither model's token is known
                 chosen, tau = self.decide(drafter, draft, logits, positions, ids)
             else:
                 token = draft
@@ -242,6 +245,7 @@ class _Decoder:
             "finished": ends.gather(1, last)[:, 0],
             "right": right.sum(1),
             "undefined": ((chosen.token < 0) & kept).any(1),  # a kernel's flag: it does not raise
+            "teacher": (chosen.from_teacher & kept).sum(1),
             "settled": self.policy.settled(slots.working_state(), slots.last),
         }
         if self.history is not None:
@@ -263,8 +267,9 @@ class _Decoder:
             raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)
         seen = [r for r, on in zip(host["right"], slots.along, strict=False)
                 if on or drafter != "history"]  # fmt: skip
-        if drafter != only:
+        if drafter != only and (k > 1 or drafter == "history"):
             self.planner.saw(drafter, place, sum(seen), sum(min(r + 1, k) for r in seen))
+        self.planner.wrote(place, sum(host["teacher"]), sum(host["gained"]))
         for slot, gained in enumerate(host["gained"]):
             slots.lengths[slot] += gained
             slots.settled[slot] = bool(host["settled"][slot])

@@ -13,7 +13,8 @@ from collections import defaultdict
 BLOCKS = (1, 2, 3, 4, 6, 8)
 BUCKET = 8  # positions that share an acceptance rate: it changes as the threshold falls
 MEMORY = 0.9  # weight of what was seen before, each time something is seen
-GUESS = 0.7  # acceptance before anything was seen: high enough that a draft gets tried
+GUESS = 0.5  # how often a draft is right where the other model writes, before any was seen
+WEIGHT = 4.0  # of that guess, in drafts
 SLOPE = {"cpu": 0.5}  # what a further position adds to a pass, before it was measured; else 0.1
 DRAFTERS = ("student", "teacher", "history")
 
@@ -42,7 +43,9 @@ class Planner:
         self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
             self.seconds[role][1] = cost
+        # By bucket: how many drafts were right of how many, and whose tokens were written.
         self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in DRAFTERS}
+        self.writers = defaultdict(lambda: [0.0, 0.0])
 
     def took(self, what: str, count: int, seconds: float) -> None:
         """A pass of a model, or a decision, over `count` positions of each row was timed."""
@@ -54,18 +57,34 @@ class Planner:
 
     def saw(self, drafter: str, position: float, right: int, total: int) -> None:
         """Of `total` drafts around `position` whose prefix stood, `right` were right."""
-        bucket = self.accepted[drafter][int(position) // BUCKET]
-        bucket[0] = MEMORY * bucket[0] + right
+        self._add(self.accepted[drafter], position, right, total)
+
+    def wrote(self, position: float, teacher: int, total: int) -> None:
+        """Of `total` tokens around `position` the teacher wrote so many."""
+        self._add(self.writers, position, teacher, total)
+
+    def _add(self, seen: dict, position: float, part: int, total: int) -> None:
+        bucket = seen[int(position) // BUCKET]
+        bucket[0] = MEMORY * bucket[0] + part
         bucket[1] = MEMORY * bucket[1] + total
 
     def acceptance(self, drafter: str, position: float) -> float:
-        """The share of right drafts here, or in the nearest bucket before it."""
-        seen = self.accepted[drafter]
-        for bucket in range(int(position) // BUCKET, -1, -1):
-            right, total = seen.get(bucket, (0.0, 0.0))
-            if total > 0:
-                return (right + GUESS) / (total + 1)
-        return GUESS
+        """The share of right drafts here, or in the nearest bucket before it.
+
+        Where few drafts were seen, who writes tells most: one's own tokens are drafted right.
+        """
+        bucket = int(position) // BUCKET
+        teacher, total = self._nearest(self.writers, bucket)
+        own = teacher / total if total else 0.5
+        own = {"teacher": own, "student": 1 - own, "history": 0.5}[drafter]
+        right, total = self._nearest(self.accepted[drafter], bucket)
+        return (right + WEIGHT * (own + (1 - own) * GUESS)) / (total + WEIGHT)
+
+    def _nearest(self, seen: dict, bucket: int) -> tuple[float, float]:
+        for b in range(bucket, -1, -1):
+            if b in seen and seen[b][1] > 0:
+                return tuple(seen[b])
+        return 0.0, 0.0
 
     def cost(self, what: str, count: int) -> float:
         """Seconds of a pass over `count` positions: measured, or along the line through the two
