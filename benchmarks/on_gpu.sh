@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in three parts of at most ten minutes each, results under OUT:
+# Everything a GPU is needed for, in four parts of at most ten minutes each, results under OUT:
 #   bash benchmarks/on_gpu.sh check OUT     tests of the kernels on the device, doctor, memory checker
 #   bash benchmarks/on_gpu.sh measure OUT   kernels against their ceilings and other projects
+#   bash benchmarks/on_gpu.sh decode OUT    rollouts of shaped pairs against the naive loop
 #   bash benchmarks/on_gpu.sh sweep OUT     launch parameters
 # Runs from a checkout, with no installation of the project: only its requirements.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?check, measure or sweep} out=${2:?a folder for the results}
+part=${1:?check, measure, decode or sweep} out=${2:?a folder for the results}
 mkdir -p "$out"
 export PYTHONPATH=.:kernels:${PYTHONPATH:-} HF_HUB_OFFLINE=1
 python - <<'PY' | tee "$out/versions.txt"
@@ -18,7 +19,7 @@ case $part in
 check)
   kernels=(tests/test_triton_switch_select.py tests/test_sample_triton.py
     tests/test_triton_divergence.py tests/test_triton_linear.py)
-  python -m pytest -q --maxfail=20 "${kernels[@]}" tests/test_decoder.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  python -m pytest -q --maxfail=20 "${kernels[@]}" tests/test_decoder.py tests/test_cache.py 2>&1 | tee "$out/tests.txt" | tail -n 40
   python -m switchkd.doctor --json "$out/doctor.json" 2>&1 | tee "$out/doctor.txt"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
@@ -33,11 +34,18 @@ measure)
   python benchmarks/kernels.py --json "$out/kernels.json" --csv "$out/kernels.csv" 2>&1 |
     tee "$out/kernels.txt" | tail -n 120
   ;;
+decode)
+  for pair in gpt2-xl qwen2.5-1.5b; do
+    python benchmarks/rollout_speed.py --pair "$pair" --batch 8 32 \
+      --json "$out/rollout-$pair.json" --csv "$out/rollout-$pair.csv" 2>&1 |
+      tee "$out/rollout-$pair.txt" | tail -n 60
+  done
+  ;;
 sweep)
   python benchmarks/sweep_kernels.py --csv "$out/sweep.csv" 2>&1 | tee "$out/sweep.txt" | tail -n 60
   ;;
 *)
-  echo "part: got $part, expected check, measure or sweep" >&2
+  echo "part: got $part, expected check, measure, decode or sweep" >&2
   exit 2
   ;;
 esac

@@ -120,7 +120,7 @@ class Bench:
     def batch(self, pair: pairs.Pair, size: int) -> list[dict]:
         """A row for each decoder."""
         prompts, rows = pair.prompts[:size], []
-        for decoder in DECODERS:
+        for decoder in self.args.decoders:
             run = self.runner(decoder, pair, prompts)
             seconds = self.seconds(run)
             meter = Meter(self.timer.synchronize)
@@ -225,7 +225,7 @@ def show(rows: list[dict], notes: list[str], console: Console) -> None:
             cell(row["accepted_per_teacher_pass"], ".2f"),
             cell(row["equal_tokens"], ".1%"),
             "/".join(f"{100 * phases.get(phase, 0):.0f}" for phase in PHASES) if phases else "-",
-            end_section=row["decoder"] == DECODERS[-1],
+            end_section=row["decoder"] == rows[-1]["decoder"],
         )
     console.print(table)
     lines = [f"{first['device']}, {first['threads']} threads, torch {first['torch']}"]
@@ -288,6 +288,13 @@ def main(argv=None) -> int:
     add("--student", help="folder, Hub id or 'embedded'")
     add("--student_layers", help="layers that the student keeps, e.g. 0-11,18-29")
     add("--policy", default="switch", choices=POLICIES)
+    add(
+        "--decoders",
+        nargs="+",
+        default=DECODERS,
+        choices=DECODERS,
+        help="the naive loop runs always",
+    )
     add("--batch", type=int, nargs="+", default=[1, 8, 32])
     add("--max_new_tokens", type=int, help="default 64 on a CPU, 128 on a GPU")
     add("--repeats", type=int, default=3)
@@ -298,6 +305,7 @@ def main(argv=None) -> int:
     add("--json", help="write the rows to this file")
     add("--csv", help="write the rows to this file")
     args = parser.parse_args(argv)
+    args.decoders = [name for name in DECODERS if name == "naive" or name in args.decoders]
     if args.quick:
         args.batch, args.max_new_tokens, args.repeats = [8], 16, 1
     try:

@@ -48,7 +48,7 @@ class Engine:
         self.planner = Planner(*self.plan)
         self.asked = self.slots = self.capacity = 0
         self.models: dict[str, CachedModel] = {}
-        self.graphs = Graphs(self.device)
+        self.graphs = Graphs(self.device, student.dtype)
         self.spans: list[tuple] = []
 
     def prepare(self, rows: int, capacity: int) -> int:
@@ -85,7 +85,7 @@ class Engine:
 
     def release(self) -> None:
         """Give back the memory of caches and graphs; the next rollout takes it again."""
-        self.models, self.graphs = {}, Graphs(self.device)
+        self.models, self.graphs = {}, Graphs(self.device, self.given["student"].dtype)
         self.asked = self.slots = self.capacity = 0
 
     @contextlib.contextmanager

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
+from conftest import ARCHITECTURES, DEVICE, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
 from switchkd import engine, graphs
@@ -305,6 +305,25 @@ def test_graphs_write_what_calls_write(monkeypatch):
                 assert_same(got, want)
                 kinds = len(kept.graphs.captured)
             assert len(kept.graphs.captured) == kinds > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_graphs_on_a_gpu(name):
+    """In float32, where near-ties may fall otherwise."""
+    teacher, student = (model.to(DEVICE, torch.float32) for model in pair(name))
+    for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3), SKD(3)):
+        want = rollout_naive(teacher, student, prompts(), policy, **COMMON)
+        for drafter in ("student", "teacher", "history"):
+            kept = Engine(teacher, student, block=3, drafter=drafter)
+            got = rollout(
+                teacher, student, prompts(), policy, batch_size=5, engine=kept,
+                history=want.completions(), **COMMON,
+            )  # fmt: skip
+            assert kept.graphs.enabled and kept.graphs.captured
+            pairs = zip(got.completions(), want.completions(), strict=True)
+            assert sum(a == b for a, b in pairs) >= 6
 
 
 def test_nan_logits_are_refused_with_the_prompt_and_the_place():
