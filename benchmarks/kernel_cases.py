@@ -1,8 +1,9 @@
 """What benchmarks/kernels.py measures: cases, inputs, implementations, the gate, bytes by hand.
 
 A case is an op at one shape. Everything that measures it is a function of the case's inputs: ours
-(reference and Triton), what a user would write (`eager`, and the same under torch.compile), and the
-peers that compute the same function. `differs` compares any of them with the float64 reference.
+(reference, Triton and native), what a user would write (`eager`, and the same under
+torch.compile), and the peers that compute the same function. `differs` compares any of them with
+the float64 reference.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 OPS = ("switch_select", "sample", "jsd", "divergence_loss", "linear_divergence_loss")
 DRAWS = ("switch_select", "sample")
-OURS = ("triton", "reference")
+OURS = ("triton", "cpu", "reference")
 IMPLS = (*OURS, "eager", "compile", "liger", "trl", "orda")
 SEED = 7
 
@@ -232,6 +233,10 @@ def implementations(case: Case, device: torch.device, quick: bool) -> tuple[dict
         absent["triton"] = reason
     else:
         found["triton"] = ours(case, "triton")
+    if reason := backend.cpu_refuses(torch.empty(0, device=device, dtype=case.dtype)):
+        absent["cpu"] = reason
+    else:
+        found["cpu"] = ours(case, "cpu")
     found["reference"] = ours(case, "reference")
     found["eager"] = eager(case)
     if quick:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from switchkd.attention import FLASH, ROWS, SERVED, attending, attention_for, row_mask
+from switchkd.layers import few_rows
 from switchkd.models import decoder_of, head_of
 
 
@@ -109,7 +110,7 @@ class CachedModel:
         if self.attention == "eager":  # adds its mask
             dtype = self.model.dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-        with attending(self.config, self.attention):
+        with attending(self.config, self.attention), few_rows(self.device):
             out = self.decoder(
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
                 attention_mask=mask,
@@ -122,7 +123,8 @@ class CachedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., H), as the model's own forward makes them."""
-        z = self.model.get_output_embeddings()(hidden)
+        with few_rows(self.device):
+            z = self.model.get_output_embeddings()(hidden)
         if self.head.logit_scale != 1:
             z = z * self.head.logit_scale
         if self.head.softcap is not None:

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from switchkd_kernels import _native
 
 from benchmarks import kernel_cases, kernels, sweep_kernels, timing
 from benchmarks.kernel_cases import Case, bytes_moved
 
 CPU = torch.device("cpu")
+NATIVE = ["cpu"] * (_native.unavailable() is None)
 KEYS = [
     "op", "impl", "mode", "rows", "vocab", "dtype", "median_ms", "p20_ms", "p80_ms", "gbps",
     "ceiling_share", "peak_mb", "speedup_vs_eager", "device",
@@ -66,7 +68,7 @@ def test_every_op_writes_the_promised_rows(tmp_path, capsys):
         (op, impl, mode)
         for op, modes in ours.items()
         for mode in modes
-        for impl in ("reference", "eager")
+        for impl in (*NATIVE, "reference", "eager")
     }
     want |= {("ceiling", "copy", "copy"), ("ceiling", "gemm", "gemm k=512")}
     assert found == want | {("ceiling", "gemms", "full generalized_jsd 8/12")}
@@ -100,7 +102,7 @@ def test_one_of_ours_that_is_wrong_stops_the_run(op, message, monkeypatch, capsy
     monkeypatch.setattr(kernel_cases, op, wrong)
     assert kernels.main(["--quick", "--device", "cpu", "--op", op]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert f"reference failed the gate of {op} 4 x 300" in out
+    assert f"{[*NATIVE, 'reference'][0]} failed the gate of {op} 4 x 300" in out
     assert message in out
 
 

@@ -259,14 +259,15 @@ def test_memory_is_that_of_a_chunk_whatever_the_number_of_rows(n):
 
 def test_default_chunk_keeps_one_models_logits_within_64_mib(monkeypatch):
     module = sys.modules[linear_divergence_loss.__module__]
-    monkeypatch.setitem(module.CHUNK_BYTES, "reference", 4 * V * 20)
+    chosen = module.backend.choose(None, torch.zeros(1))
+    monkeypatch.setitem(module.CHUNK_BYTES, chosen, 4 * V * 20)
     n = 50
     with Memory() as memory, torch.no_grad():
         linear_divergence_loss(
             torch.randn(n, 3), torch.randn(V, 3), torch.randn(n, 3), torch.randn(V, 3)
         )
     assert memory.largest == 20 * V
-    monkeypatch.setitem(module.CHUNK_BYTES, "reference", 1)
+    monkeypatch.setitem(module.CHUNK_BYTES, chosen, 1)
     with Memory() as memory, torch.no_grad():
         linear_divergence_loss(
             torch.randn(n, 3), torch.randn(V, 3), torch.randn(n, 3), torch.randn(V, 3)

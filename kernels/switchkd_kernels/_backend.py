@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from switchkd_kernels import _checks as check
-from switchkd_kernels import _tl
+from switchkd_kernels import _native, _tl
 
-IMPLS = ("reference", "triton")
+IMPLS = ("reference", "triton", "cpu")
 
 
 def triton_refuses(*tensors: Tensor | None) -> str | None:
@@ -26,6 +26,25 @@ def triton_refuses(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.device.type == "cpu" and not interpreting():
             return "the tensors are on a CPU, and TRITON_INTERPRET=1 was not set at import"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _native_refuses() -> str | None:
+    """As torch.compile sees it: a fact of the machine, and nothing to trace."""
+    return _native.unavailable()
+
+
+def cpu_refuses(*tensors: Tensor | None) -> str | None:
+    """Why the native CPU kernels cannot take these tensors; None if they can. May compile them."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"its kernels take float32 and bfloat16, got {tensor.dtype}"
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+    return _native_refuses()
+
+
+_REFUSES = {"triton": triton_refuses, "cpu": cpu_refuses}
 
 
 def interpreting() -> bool:
@@ -45,11 +64,10 @@ def choose(impl: str | None, *tensors: Tensor | None) -> str:
     check.one_of("impl", impl, (None, *IMPLS))
     if impl == "reference":
         return impl
-    reason = triton_refuses(*tensors)
     if impl is None:
-        on_cpu = any(device.type == "cpu" for device in devices)
-        return "reference" if reason or on_cpu else "triton"
-    if reason:
+        fastest = "cpu" if any(device.type == "cpu" for device in devices) else "triton"
+        return "reference" if _REFUSES[fastest](*tensors) else fastest
+    if reason := _REFUSES[impl](*tensors):
         raise RuntimeError(f"impl {impl!r} cannot run: {reason}")
     return impl
 

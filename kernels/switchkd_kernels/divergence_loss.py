@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels import reference
+from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
     compare,
     divergence_terms,
@@ -171,12 +171,16 @@ def _backward(
     return grad
 
 
+_LAUNCH = {"triton": (_forward, _backward), "cpu": (_cpu.divergence, _cpu.divergence_backward)}
+
+
 class _Divergence(torch.autograd.Function):
     """The eager path: straight to the launchers."""
 
     @staticmethod
-    def forward(ctx, teacher, student, mask, *form):
-        loss, saved = _forward(teacher, student, mask, *form, ctx.needs_input_grad[1])
+    def forward(ctx, teacher, student, mask, impl, *form):
+        forward, ctx.launch = _LAUNCH[impl]
+        loss, saved = forward(teacher, student, mask, *form, ctx.needs_input_grad[1])
         ctx.save_for_backward(teacher, student, mask, saved)
         ctx.form = form
         return loss
@@ -185,8 +189,8 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         teacher, student, mask, saved = ctx.saved_tensors
-        grad = _backward(upstream, teacher, student, mask, saved, *ctx.form)
-        return None, grad, None, None, None, None, None
+        grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
+        return None, grad, None, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------- torch.compile
@@ -206,8 +210,9 @@ def _forward_op(
     teacher: Tensor, student: Tensor, mask: Tensor | None, kind: str, weight: float, detach: bool,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if backend.choose(None, teacher, student) == "triton":
-        return _forward(teacher, student, mask, kind, weight, detach, vocab_size)
+    launch = _LAUNCH.get(backend.choose(None, teacher, student))
+    if launch is not None:
+        return launch[0](teacher, student, mask, kind, weight, detach, vocab_size)
     pair, kept = _kept(teacher, student, mask, vocab_size)
     nats = values(pair, Form(kind, weight, detach))
     loss = nats.new_zeros(student.shape[0]).index_copy_(0, kept, nats)
@@ -226,8 +231,9 @@ def _backward_op(
     upstream: Tensor, teacher: Tensor, student: Tensor, mask: Tensor | None, saved: Tensor,
     kind: str, weight: float, detach: bool, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    if backend.choose(None, teacher, student) == "triton":
-        return _backward(upstream, teacher, student, mask, saved, kind, weight, detach, vocab_size)
+    launch = _LAUNCH.get(backend.choose(None, teacher, student))
+    if launch is not None:
+        return launch[1](upstream, teacher, student, mask, saved, kind, weight, detach, vocab_size)
     pair, kept = _kept(teacher, student, mask, vocab_size)
     rows = upstream[kept, None] * gradients(pair, Form(kind, weight, detach))
     grad = torch.zeros_like(student, memory_format=torch.contiguous_format)
@@ -258,7 +264,9 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup)
 # ------------------------------------------------------------------------------- public
 
 
-def _rows(teacher, student, form: Form, mask, vocab_size, reduction, base=None) -> Tensor:
+def _rows(
+    impl: str, teacher, student, form: Form, mask, vocab_size, reduction, base=None
+) -> Tensor:
     """Reduced divergences by the kernels: no step of it waits for the device."""
     shape = student.shape[:-1]
     if teacher.shape[:-1] != shape or teacher.dim() == 0:
@@ -273,10 +281,10 @@ def _rows(teacher, student, form: Form, mask, vocab_size, reduction, base=None) 
     teacher, student = (
         check.unit_stride(x.reshape(-1, x.shape[-1])) for x in (teacher.detach(), student)
     )
-    divergence = _Divergence.apply
     if torch.compiler.is_compiling():
-        divergence = lambda *args: _forward_op(*args)[0]  # noqa: E731
-    loss = divergence(teacher, student, mask, *form, size)
+        loss, _saved = _forward_op(teacher, student, mask, *form, size)
+    else:
+        loss = _Divergence.apply(teacher, student, mask, impl, *form, size)
     if base is not None:
         loss = in_base(loss, base)
     if reduction == "none":
@@ -307,7 +315,7 @@ def jsd(
     if chosen == "reference" and not torch.compiler.is_compiling():
         return reference.jsd(teacher_logits, student_logits, base=base, **options)
     check.one_of("base", base, (2, "e"))
-    return _rows(teacher_logits, student_logits, Form("jsd"), base=base, **options)
+    return _rows(chosen, teacher_logits, student_logits, Form("jsd"), base=base, **options)
 
 
 def divergence_loss(
@@ -336,10 +344,11 @@ def divergence_loss(
     reduction: "none" (...), "sum" or "mean". -inf logits are legal; a result is infinite only where
     the divergence is (a gradient is then not defined). Arithmetic in float64 for float64 inputs,
     else float32, which is the dtype of the result; the gradient has that of the student's logits.
-    impl: None (Triton for float32, float16 and bfloat16 on a GPU, else reference), "triton" or
-    "reference". Raises ValueError and TypeError, and InvalidLogits (with model and row) in the
-    reference. On a GPU nothing waits for the device (but for a look at a mask that is not bool): a
-    row of logits that defines no distribution gives NaN.
+    impl: None (Triton for float32, float16 and bfloat16 on a GPU, native code for float32 and
+    bfloat16 on a CPU, else reference), "triton", "cpu" or "reference". Raises ValueError and
+    TypeError, and InvalidLogits (with model and row) on a CPU. On a GPU nothing waits for the
+    device (but for a look at a mask that is not bool): a row of logits that defines no distribution
+    gives NaN.
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}
@@ -349,4 +358,4 @@ def divergence_loss(
             kind=kind, alpha=alpha, beta=beta, detach_mixture=detach_mixture, **options,
         )  # fmt: skip
     form = form_of(kind, alpha, beta, detach_mixture)
-    return _rows(teacher_logits, student_logits, form, **options)
+    return _rows(chosen, teacher_logits, student_logits, form, **options)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
+from switchkd_kernels import _cpu
 from switchkd_kernels._head_chunk import Options, launch, plain
 from switchkd_kernels.rowwise import Form, form_of
 
 # Bytes of one model's logits in work. In plain torch some ten float32 tensors of a chunk live at
 # once, so a chunk is small. The kernel needs the two logits and nothing else, and each chunk costs
 # a pass over the float32 gradient of the head, so chunks are large: 2200 rows of 151936 in bf16.
-CHUNK_BYTES = {"reference": 64 * 2**20, "triton": 640 * 2**20}
+CHUNK_BYTES = {"reference": 64 * 2**20, "triton": 640 * 2**20, "cpu": 64 * 2**20}
 
 
 def _product(hidden: Tensor, weight: Tensor, vocab_size: int, aligned: bool) -> Tensor:
@@ -69,7 +70,10 @@ def _walk(teacher, student, biases, labels, needs, options, weight_grad, scale, 
         if teacher[0] is not None:
             z_t = _product(teacher[0][part], teacher[1], size, kernel)
         label = None if labels is None else labels[part]
-        if kernel:
+        if options.impl == "cpu":
+            args = (z_t, z_s, biases, label, any(needs), options, rows[part])
+            loss[part], grad = _cpu.head_chunk(*args)
+        elif kernel:
             loss[part], grad = launch(z_t, z_s, biases, label, any(needs), options)
         else:
             loss[part], grad = plain(
@@ -258,11 +262,12 @@ def linear_divergence_loss(
     the scale must be what the loss will be multiplied by before backward.
     reduction "none" has no gradient and is refused where the student needs one. Products run in the
     dtype of the inputs, or that of autocast, everything else in float32 or float64. chunk_size
-    rows are in work at once, by default as many as keep the logits of one model within 64 MiB of
-    float32 in plain torch, 640 MiB in Triton, at least 16.
-    impl: None (Triton for float32, float16 and bfloat16 on a GPU, else reference), "triton" or
-    "reference". Raises ValueError and TypeError, and InvalidLogits (with model and row) in the
-    reference; in Triton a row of logits that defines no distribution gives NaN.
+    rows are in work at once, by default as many as keep the logits of one model within 64 MiB
+    (640 MiB in Triton), at least 16.
+    impl: None (Triton for float32, float16 and bfloat16 on a GPU, native code for float32 and
+    bfloat16 on a CPU, else reference), "triton", "cpu" or "reference". Raises ValueError and
+    TypeError, and InvalidLogits (with model and row) on a CPU; in Triton a row of logits that
+    defines no distribution gives NaN.
     """
     alone = kind == "cross_entropy"
     if (teacher_hidden is None or teacher_weight is None) != alone:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels import reference
+from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
     argmax_step,
     exp,
@@ -157,7 +157,7 @@ def _sample_kernel(
 
 
 def _launch(
-    logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
+    logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream, model=None
 ) -> Tensor:
     rows, device = logits.shape[0], logits.device
     token = torch.empty(rows, dtype=torch.int64, device=device)
@@ -178,6 +178,9 @@ def _launch(
     return token
 
 
+_LAUNCH = {"triton": _launch, "cpu": _cpu.sample}
+
+
 @torch.library.custom_op("switchkd::sample", mutates_args=())
 def _op(
     logits: Tensor, ids: Tensor, positions: Tensor,
@@ -185,10 +188,12 @@ def _op(
     vocab_size: int, stream: int, model: str,
 ) -> Tensor:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    if backend.choose(None, logits) == "triton":
-        return _launch(
-            logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
-        )
+    launch = _LAUNCH.get(backend.choose(None, logits))
+    if launch is not None:
+        return launch(
+            logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream,
+            model,
+        )  # fmt: skip
     return reference.sample(
         logits, seed=seed % 2**64, sequence_ids=ids, positions=positions, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, vocab_size=vocab_size, stream=stream, model=model,
@@ -223,8 +228,9 @@ def sample(
     first of equal logits, and looks at no filter. Source: Maddison et al. 2014 (Gumbel-max).
     `sequence_ids` and `positions` are (M,) integers or one integer; `stream` picks one of 256
     independent fields G; `model` is named in errors. impl: None (Triton for float32, float16 and
-    bfloat16 on a GPU, else reference), "triton" or "reference".
-    Raises ValueError and TypeError, and InvalidLogits in the reference. On a GPU nothing waits for
+    bfloat16 on a GPU, native code for float32 and bfloat16 on a CPU, else reference), "triton",
+    "cpu" or "reference".
+    Raises ValueError and TypeError, and InvalidLogits on a CPU. On a GPU nothing waits for
     the device: a row that defines no distribution (NaN, +inf, all -inf, or z / T beyond float32
     where it is filtered) comes back as token -1; ids and positions that are already on the device
     are not checked. Rows may have any stride.
@@ -254,6 +260,6 @@ def sample(
         backend.signed(check.seed(seed)),
         check.temperature("temperature", temperature),
         top_k, float(top_p), float(min_p),
-        check.shared_vocab(logits.shape[-1], logits.shape[-1], vocab_size), stream,
+        check.shared_vocab(logits.shape[-1], logits.shape[-1], vocab_size), stream, model,
     )  # fmt: skip
-    return _op(*args, model) if torch.compiler.is_compiling() else _launch(*args)
+    return (_op if torch.compiler.is_compiling() else _LAUNCH[chosen])(*args)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels import reference
+from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
     argmax_step,
     compare,
@@ -257,6 +257,9 @@ def _launch(
     return token, writer.view(torch.bool), *values
 
 
+_LAUNCH = {"triton": _launch, "cpu": _cpu.switch_select}
+
+
 @torch.library.custom_op("switchkd::switch_select", mutates_args=())
 def _op(
     teacher: Tensor, student: Tensor, threshold: Tensor, ids: Tensor, positions: Tensor,
@@ -265,8 +268,9 @@ def _op(
     metric: str, bits: bool, vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    if backend.choose(None, teacher, student) == "triton":
-        token, writer, *values = _launch(
+    launch = _LAUNCH.get(backend.choose(None, teacher, student))
+    if launch is not None:
+        token, writer, *values = launch(
             teacher, student, threshold, ids, positions, teacher_token, student_token,
             seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
         )  # fmt: skip
@@ -320,9 +324,10 @@ def switch_select(
     says something about G, so the teacher's redraw takes noise of its own (STREAM_REDRAW).
     `teacher_token`, `student_token` (M,) replace that model's draw, e.g. by one from `sample`, and
     save its noise. `sequence_ids`, `positions`: (M,) integers or one integer. impl: None (Triton
-    for float32, float16 and bfloat16 on a GPU, else reference), "triton" or "reference".
-    Raises ValueError and TypeError, and InvalidLogits (with model and row) in the reference. On a
-    GPU nothing waits for the device: a row of logits that defines no distribution, or a known token
+    for float32, float16 and bfloat16 on a GPU, native code for float32 and bfloat16 on a CPU, else
+    reference), "triton", "cpu" or "reference".
+    Raises ValueError and TypeError, and InvalidLogits (with model and row) on a CPU. On a GPU
+    nothing waits for the device: a row of logits that defines no distribution, or a known token
     out of range, comes back as token -1 with NaN; ids, positions and NaN thresholds that are
     already on the device are not checked. Rows may have any stride.
     """
@@ -360,4 +365,4 @@ def switch_select(
         check.temperature("student_temperature", student_temperature),
         metric, base == 2, size,
     )  # fmt: skip
-    return SwitchSelection(*(_op if torch.compiler.is_compiling() else _launch)(*args))
+    return SwitchSelection(*(_op if torch.compiler.is_compiling() else _LAUNCH[chosen])(*args))

@@ -1,0 +1,294 @@
+// Softmax and token of rows, the divergence that decides between two, and filters.
+#pragma once
+
+#include "row.h"
+
+namespace switchkd {
+inline namespace SWITCHKD_CAPABILITY {
+
+// ------------------------------------------------------------------------------- noise
+
+// Words of tokens 4 block .. 4 block + GROUP - 1, in order, in two registers.
+struct GroupWords {
+  Bits half[2];
+};
+
+SWITCHKD_INLINE GroupWords group_words(const Counter& counter, uint32_t block) {
+  // A lane holds the four words of a block. Interleaving 64 bits of two registers takes lanes 0, 2,
+  // .. to the first half and 1, 3, .. to the second, so even lanes hold the first blocks.
+  Wide order;
+  for (int i = 0; i < LANES / 2; ++i) order[i] = (i % 2) * (LANES / 4) + i / 2;
+  const WideWords position{Wide{} + counter.position}, low_id{Wide{} + counter.low};
+  const WideWords high_id{Wide{} + counter.high}, blocks{order + block};
+  const Words<WideWords> w = philox(counter.seed, Words<WideWords>{blocks, position, low_id, high_id});
+  Wide a = (w.w0.v & 0xFFFFFFFFu) | w.w1.v << 32, b = (w.w2.v & 0xFFFFFFFFu) | w.w3.v << 32;
+#if SWITCHKD_LANES == 16
+  Wide low = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+  Wide high = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif SWITCHKD_LANES == 8
+  Wide low = __builtin_shufflevector(a, b, 0, 4, 2, 6);
+  Wide high = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+#else
+  Wide low = __builtin_shufflevector(a, b, 0, 2), high = __builtin_shufflevector(a, b, 1, 3);
+#endif
+  return {{(Bits)low, (Bits)high}};
+}
+
+struct Best {
+  float value = -INFINITY;
+  int64_t token = 0;
+};
+
+// Largest y + G so far, of one or two rows that share their noise. Philox runs only where the
+// largest noise could win, and the two logarithms of G, in scalars, only where a bound of it does:
+// of a whole row that is a few times.
+template <int MODELS>
+SWITCHKD_INLINE void noisy_block(
+    const float* const y[MODELS], Best* const best[MODELS], int64_t first, int count,
+    const Counter& counter) {
+  for (int i = 0; i < count; i += GROUP) {
+    unsigned may_win = 0;
+    for (int k = 0; k < MODELS; ++k) {
+      Vec top = max(load(y[k] + i), load(y[k] + i + LANES));
+      may_win |= lanes_of(top > Vec(best[k]->value - GUMBEL_MAX));
+    }
+    if (!may_win) continue;
+    GroupWords words = group_words(counter, static_cast<uint32_t>((first + i) / 4));
+    for (int half = 0; half < 2; ++half) {
+      Vec bits = to_float((Bits)to_float(words.half[half] >> 1).v);
+      for (int k = 0; k < MODELS; ++k) {
+        const float* z = y[k] + i + half * LANES;
+        Vec bound = load(z) - bits * GUMBEL_PER_BIT;
+        unsigned lanes = lanes_of(bound > Vec(best[k]->value - GUMBEL_AT));
+        if (!lanes) continue;
+        uint32_t word[LANES];
+        std::memcpy(word, &words.half[half], sizeof word);
+        for (; lanes; lanes &= lanes - 1) {
+          int lane = __builtin_ctz(lanes);
+          float value = z[lane] + gumbel(word[lane]);
+          if (value > best[k]->value)  // not >=: of equal values the first wins
+            *best[k] = {value, first + i + half * LANES + lane};
+        }
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------- softmax
+
+struct Running {
+  float top = -INFINITY;
+  Vec total = Vec(0.0f);
+  unsigned undefined = 0;  // lanes that met NaN or +inf
+};
+
+// One exponential an entry: the maximum of a block is known before, and seldom rises.
+SWITCHKD_INLINE void softmax_block(const float* z, int count, bool exponentials, Running& row) {
+  Vec top0 = Vec(-INFINITY), top1 = top0;
+  unsigned ordinary = ~0u;
+  for (int i = 0; i < count; i += GROUP) {
+    Vec a = load(z + i), b = load(z + i + LANES);
+    ordinary &= lanes_of(a < Vec(INFINITY)) & lanes_of(b < Vec(INFINITY));
+    top0 = max(a, top0);
+    top1 = max(b, top1);
+  }
+  row.undefined |= ~ordinary & ((1u << LANES) - 1);
+  float top = largest(max(top0, top1));
+  if (top > row.top) {
+    row.total = row.total * exp(row.top - top);
+    row.top = top;
+  }
+  if (!exponentials || row.top == -INFINITY) return;
+  Vec total0 = Vec(0.0f), total1 = total0;
+  for (int i = 0; i < count; i += GROUP) {
+    total0 = total0 + exp(load(z + i) - row.top);
+    total1 = total1 + exp(load(z + i + LANES) - row.top);
+  }
+  row.total = row.total + (total0 + total1);
+}
+
+SWITCHKD_INLINE void greedy_block(const float* z, int count, int64_t first, Best& best) {
+  for (int i = 0; i < count; i += LANES) {
+    for (unsigned lanes = lanes_of(load(z + i) > Vec(best.value)); lanes; lanes &= lanes - 1) {
+      int lane = __builtin_ctz(lanes);
+      if (z[i + lane] > best.value) best = {z[i + lane], first + i + lane};
+    }
+  }
+}
+
+// z / T, -inf where a filter refuses it; NaN stays, and is found.
+SWITCHKD_INLINE const float* tempered_block(
+    const float* z, int count, float temperature, const Sampling& how, float* buffer) {
+  if (temperature == 1.0f && !how.filtered) return z;
+  for (int i = 0; i < count; i += LANES) {
+    Vec y = load(z + i) / Vec(temperature);
+    if (how.filtered) {
+      y = select(y < Vec(how.floor), Vec(-INFINITY), y);
+      y = select(y > Vec(how.below), y, select(y == y, Vec(-INFINITY), y));
+    }
+    store(buffer + i, y);
+  }
+  return buffer;
+}
+
+void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int64_t end,
+          Scan out[2]) {
+  float buffers[2][BLOCK], scaled[2][BLOCK];
+  Running running[2];
+  Best best[2];
+  const bool noise[2] = {how.draw[0] == NOISE, how.draw[1] == NOISE};
+  const bool shared = noise[0] && noise[1] && how.stream[0] == how.stream[1];
+  Counter counter[2];
+  for (int m = 0; m < 2; ++m)
+    counter[m] = counter_of(how.seed, how.position, how.id, how.stream[m]);
+  for (int64_t first = start; first < end; first += BLOCK) {
+    const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
+    const int wide = padded(count);
+    const float* y[2];
+    for (int m = 0; m < 2; ++m) {
+      if (pair.model[m].data == nullptr) continue;
+      const float* z = load_logits(pair, m, row, first, count, buffers[m]);
+      y[m] = z;
+      if (noise[m] || how.filtered)
+        y[m] = tempered_block(z, wide, how.temperature[m], how, scaled[m]);
+      softmax_block(how.filtered ? y[m] : z, wide, how.softmax, running[m]);
+      if (how.draw[m] == GREEDY) greedy_block(z, wide, first, best[m]);
+    }
+    if (shared) {
+      Best* both[2] = {&best[0], &best[1]};
+      noisy_block<2>(y, both, first, wide, counter[0]);
+      continue;
+    }
+    for (int m = 0; m < 2; ++m) {
+      Best* one[1] = {&best[m]};
+      if (noise[m]) noisy_block<1>(y + m, one, first, wide, counter[m]);
+    }
+  }
+  for (int m = 0; m < 2; ++m) {
+    float total = how.softmax ? sum(running[m].total) : running[m].top > -INFINITY ? 1.0f : 0.0f;
+    if (running[m].undefined) total = NAN;
+    out[m] = {running[m].top, total, best[m].value, best[m].token};
+  }
+}
+
+// ------------------------------------------------------------------------------- divergence
+
+// In nats, or the number of the teacher's logits above `rival`.
+float measure(const Pair& pair, const Scan models[2], Metric metric, float rival, int64_t row,
+              int64_t start, int64_t end) {
+  float buffers[2][BLOCK];
+  const Shift shift = shift_of(models);
+  Sum total;
+  int64_t above = 0;
+  for (int64_t first = start; first < end; first += BLOCK) {
+    const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
+    const int wide = padded(count);
+    const float* teacher = load_logits(pair, 0, row, first, count, buffers[0]);
+    if (metric == RANK) {
+      for (int i = 0; i < wide; i += LANES)
+        above += __builtin_popcount(lanes_of(load(teacher + i) > Vec(rival)));
+      continue;
+    }
+    const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
+    if (metric == KL) {
+      for (int i = 0; i < wide; i += LANES) {
+        Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
+        total.add(kl_terms(x.p, x.q, x.d));
+      }
+    } else {
+      for (int i = 0; i < wide; i += LANES) {
+        const Vec t = load(teacher + i), z = load(student + i), d = log_ratio(t, z, shift);
+        total.add(jsd_terms(larger(t, z, d, shift), d));
+      }
+    }
+  }
+  return metric == RANK ? static_cast<float>(above) : total.result();
+}
+
+float logit(const Pair& pair, int model, int64_t row, int64_t token) {
+  float buffer[BLOCK];
+  return load_logits(pair, model, row, token, 1, buffer)[0];
+}
+
+// ------------------------------------------------------------------------------- filters
+
+// Bits of a float to an integer of the same order; the same step leads back.
+inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+
+inline float float_of(int32_t order) {
+  int32_t bits = ordered(order);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// How many logits are at least `pivot`.
+inline int64_t count_from(const Pair& pair, int64_t row, float pivot) {
+  float buffer[BLOCK];
+  int64_t found = 0;
+  for (int64_t first = 0; first < pair.vocab; first += BLOCK) {
+    const int count = static_cast<int>(pair.vocab - first < BLOCK ? pair.vocab - first : BLOCK);
+    const float* z = load_logits(pair, 1, row, first, count, buffer);
+    int below = 0;
+    for (int i = 0; i < padded(count); i += LANES)
+      below += __builtin_popcount(lanes_of(load(z + i) < Vec(pivot)));
+    found += padded(count) - below;
+    if (pivot == -INFINITY) found -= padded(count) - count;
+  }
+  return found;
+}
+
+// The logit of rank k < V, exactly, by bisection on its bits in order.
+inline float kth_largest(const Pair& pair, int64_t row, int64_t k) {
+  int32_t low = -0x7F800001, high = 0x7F800000;  // -inf and +inf
+  while (low < high) {
+    int32_t middle = (low | high) - ((low ^ high) >> 1);  // the mean, rounded up
+    if (count_from(pair, row, float_of(middle)) >= k) low = middle;
+    else high = middle - 1;
+  }
+  return float_of(low);
+}
+
+// Sum of e^(z / T - top) over z / T > value.
+inline float mass_above(const Pair& pair, int64_t row, float temperature, float value, float top) {
+  float buffer[BLOCK];
+  Vec total = Vec(0.0f);
+  for (int64_t first = 0; first < pair.vocab; first += BLOCK) {
+    const int count = static_cast<int>(pair.vocab - first < BLOCK ? pair.vocab - first : BLOCK);
+    const float* z = load_logits(pair, 1, row, first, count, buffer);
+    for (int i = 0; i < padded(count); i += LANES) {
+      Vec y = load(z + i) / Vec(temperature);
+      total = total + select(y > Vec(value), exp(y - top), Vec(0.0f));
+    }
+  }
+  return sum(total);
+}
+
+// The student's token after top-k, top-p and min-p, -1 for a row that defines none. Draws from a
+// superset and, as long as the winner is refused, again from what lies strictly above it: whatever
+// is kept begins at some value (sample.py).
+int64_t filtered_token(const Pair& pair, Sampling how, const Filter& filter, int64_t row) {
+  const float temperature = how.temperature[1];
+  how.filtered = true;
+  how.softmax = true;
+  how.floor = how.below = -INFINITY;
+  if (filter.top_k > 0) how.floor = kth_largest(pair, row, filter.top_k) / temperature;
+  float limit = -1.0f;
+  for (;;) {
+    Scan found[2];
+    scan(pair, how, row, 0, pair.vocab, found);
+    const Scan& one = found[1];
+    if (!is_distribution(one.total)) return -1;
+    if (limit < 0.0f) limit = filter.top_p * one.total;  // the first draw's: all that top-k leaves
+    float value = logit(pair, 1, row, one.token) / temperature;
+    how.floor = max(how.floor, one.top + filter.log_min_p);
+    bool refused = value < how.floor;
+    if (!refused && filter.top_p < 1.0f)
+      refused = mass_above(pair, row, temperature, value, one.top) >= limit;
+    if (!refused) return one.token;
+    how.below = value;
+  }
+}
+
+}  // namespace SWITCHKD_CAPABILITY
+}  // namespace switchkd

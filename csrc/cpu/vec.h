@@ -1,0 +1,201 @@
+// A register of floats, with the functions that rowwise.h asks of its type.
+//
+// GCC's and Clang's vector extensions, which compile for any processor; intrinsics only where they
+// would take several instructions for one. SWITCHKD_LANES: 16 needs AVX-512 F, BW, DQ and VL, 8 AVX2
+// and FMA, 4 nothing.
+#pragma once
+
+#include <cstring>
+
+#include "../rowwise.h"
+
+#if SWITCHKD_LANES > 4
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace switchkd {
+inline namespace SWITCHKD_CAPABILITY {
+
+#define SWITCHKD_INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = SWITCHKD_LANES;
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint64_t Wide __attribute__((vector_size(4 * LANES)));  // half as many lanes
+
+// 32-bit words in 64 bits each, as philox takes them.
+struct WideWords {
+  Wide v;
+};
+SWITCHKD_INLINE WideWords operator^(WideWords a, WideWords b) { return {a.v ^ b.v}; }
+SWITCHKD_INLINE WideWords operator^(WideWords a, uint64_t b) { return {a.v ^ b}; }
+SWITCHKD_INLINE WideWords operator>>(WideWords a, int b) { return {a.v >> b}; }
+
+struct Vec {
+  Floats v;
+  SWITCHKD_INLINE Vec() {}
+  SWITCHKD_INLINE Vec(Floats x) : v(x) {}
+  SWITCHKD_INLINE Vec(float x) : v(x - Floats{}) {}  // -0 stays -0
+};
+
+SWITCHKD_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+SWITCHKD_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+SWITCHKD_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+SWITCHKD_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+SWITCHKD_INLINE Vec operator-(Vec a) { return -a.v; }
+SWITCHKD_INLINE Vec abs(Vec a) { return (Floats)((Bits)a.v & 0x7FFFFFFFu); }
+
+#if SWITCHKD_LANES == 16
+
+typedef __mmask16 Mask;
+SWITCHKD_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+SWITCHKD_INLINE Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+SWITCHKD_INLINE Vec select(Mask where, Vec a, Vec b) {
+  return (Floats)_mm512_mask_blend_ps(where, b.v, a.v);
+}
+SWITCHKD_INLINE unsigned lanes_of(Mask m) { return m; }
+SWITCHKD_INLINE Vec min(Vec a, Vec b) { return (Floats)_mm512_min_ps(a.v, b.v); }
+SWITCHKD_INLINE Vec max(Vec a, Vec b) { return (Floats)_mm512_max_ps(a.v, b.v); }
+SWITCHKD_INLINE WideWords wide_product(WideWords a, uint32_t b) {
+  return {(Wide)_mm512_mul_epu32((__m512i)a.v, _mm512_set1_epi64(b))};
+}
+
+#else
+
+typedef Ints Mask;
+SWITCHKD_INLINE Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+SWITCHKD_INLINE Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+SWITCHKD_INLINE Vec select(Mask where, Vec a, Vec b) { return where ? a.v : b.v; }
+
+#if SWITCHKD_LANES == 8
+SWITCHKD_INLINE unsigned lanes_of(Mask m) { return _mm256_movemask_ps((__m256)m); }
+SWITCHKD_INLINE Vec min(Vec a, Vec b) { return (Floats)_mm256_min_ps(a.v, b.v); }
+SWITCHKD_INLINE Vec max(Vec a, Vec b) { return (Floats)_mm256_max_ps(a.v, b.v); }
+SWITCHKD_INLINE WideWords wide_product(WideWords a, uint32_t b) {
+  return {(Wide)_mm256_mul_epu32((__m256i)a.v, _mm256_set1_epi64x(b))};
+}
+#elif defined(__SSE2__)
+SWITCHKD_INLINE unsigned lanes_of(Mask m) { return _mm_movemask_ps((__m128)m); }
+SWITCHKD_INLINE Vec min(Vec a, Vec b) { return (Floats)_mm_min_ps(a.v, b.v); }
+SWITCHKD_INLINE Vec max(Vec a, Vec b) { return (Floats)_mm_max_ps(a.v, b.v); }
+SWITCHKD_INLINE WideWords wide_product(WideWords a, uint32_t b) {
+  return {(Wide)_mm_mul_epu32((__m128i)a.v, _mm_set1_epi64x(b))};
+}
+#else
+SWITCHKD_INLINE unsigned lanes_of(Mask m) {
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
+SWITCHKD_INLINE Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
+SWITCHKD_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+SWITCHKD_INLINE WideWords wide_product(WideWords a, uint32_t b) {
+  return {(a.v & 0xFFFFFFFFu) * b};
+}
+#endif
+
+#endif
+
+SWITCHKD_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
+
+// ------------------------------------------------------------------------------- memory
+
+SWITCHKD_INLINE Vec load(const float* from) {
+  Floats v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+SWITCHKD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x.v, sizeof x.v); }
+
+SWITCHKD_INLINE Vec load_bfloat16(const uint16_t* from) {
+  Halves half;
+  std::memcpy(&half, from, sizeof half);
+  return (Floats)(__builtin_convertvector(half, Bits) << 16);
+}
+
+SWITCHKD_INLINE Bits nearest_bfloat16(Bits x) {  // to nearest even; no NaN is ever stored
+  return (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
+}
+
+SWITCHKD_INLINE void store_bfloat16(uint16_t* to, Vec x) {
+  Halves half = __builtin_convertvector(nearest_bfloat16((Bits)x.v), Halves);
+  std::memcpy(to, &half, sizeof half);
+}
+
+SWITCHKD_INLINE float sum(Vec x) {
+  float lanes[LANES];
+  store(lanes, x);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+SWITCHKD_INLINE float largest(Vec x) {
+  float lanes[LANES];
+  store(lanes, x);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = max(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// A sum that carries what rounding takes (Kahan 1965): many small equal terms beside a few large
+// ones would otherwise all be rounded the same way.
+struct Sum {
+  Vec total = Vec(0.0f), lost = Vec(0.0f);
+  SWITCHKD_INLINE void add(Vec x) {
+    const Vec y = x - lost, next = total + y;
+    lost = (next - total) - y;
+    total = next;
+  }
+  // Of terms none of which is NaN or -inf: an infinite one has left NaN.
+  SWITCHKD_INLINE float result() const {
+    const float all = sum(total);
+    return all == all ? all : INFINITY;
+  }
+};
+
+SWITCHKD_INLINE Vec to_float(Bits x) { return __builtin_convertvector((Ints)x, Floats); }
+
+// ------------------------------------------------------------------------------- functions
+
+// e^x to 1.3 ulp for -87 <= x <= 88, 0 below (and for NaN). x = n ln 2 + r, |r| <= ln(2) / 2, n by
+// the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P the interpolant of degree 4 in
+// Chebyshev's nodes (1.0e-8).
+SWITCHKD_INLINE Vec exp(Vec x) {
+  Vec shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vec s = r * 1.3926250394e-3f + 8.3632329479e-3f;
+  s = r * s + 4.1666552424e-2f;
+  s = r * s + 1.6666576266e-1f;
+  s = r * s + 0.5f;
+  s = r * r * s + r + 1.0f;
+  Vec scaled = (Floats)((Bits)s.v + ((Bits)shifted.v << 23));
+  return select(x > Vec(-87.0f), scaled, Vec(0.0f));
+}
+
+// log x to 1.5 ulp for normal x > 0, -inf below 2^-126. x = 2^n (1 + f), 2^-1/2 <= 1 + f < 2^1/2;
+// log(1 + f) = f - f^2 / 2 + f^3 P(f), P the interpolant of degree 8 in Chebyshev's nodes (3.4e-9).
+SWITCHKD_INLINE Vec log(Vec x) {
+  Ints n = ((Ints)x.v - 0x3F3504F3) >> 23;
+  Vec f = Vec((Floats)((Ints)x.v - (n << 23))) - 1.0f, k = __builtin_convertvector(n, Floats);
+  Vec s = f * 6.9716118276e-2f - 1.1479733884e-1f;
+  s = f * s + 1.1685419828e-1f;
+  s = f * s - 1.2425687164e-1f;
+  s = f * s + 1.4249058068e-1f;
+  s = f * s - 1.6667802632e-1f;
+  s = f * s + 2.0000715554e-1f;
+  s = f * s - 2.4999997020e-1f;
+  s = f * s + 3.3333331347e-1f;
+  Vec f2 = f * f;
+  s = f2 * f * s + k * 1.42860682030941723e-6f;
+  s = s - f2 * 0.5f;
+  s = k * 0.693145751953125f + (f + s);
+  return select(x < Vec(1.1754944e-38f), Vec(-INFINITY), s);
+}
+
+}  // namespace SWITCHKD_CAPABILITY
+}  // namespace switchkd

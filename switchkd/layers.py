@@ -1,0 +1,57 @@
+"""Linear layers over few rows on a CPU, for the passes of a decoder.
+
+A matrix product of 8 or 32 rows with a matrix that is used once is bound by reading that matrix;
+libraries pack it first, which takes longer. Within `few_rows()` the linear layers of transformers
+models call `switchkd_kernels.few_row_linear` where it is faster, and what they called else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from switchkd_kernels import few_row_linear
+from switchkd_kernels.few_row_linear import usable
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+ROWS = 48  # beyond, a library's product is as fast
+
+_linear, _conv1d = nn.Linear.forward, Conv1D.forward
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return (
+        0 < rows <= ROWS
+        and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _few_linear(self: nn.Linear, x: Tensor) -> Tensor:
+    if _suits(x, self.weight):
+        return few_row_linear(x, self.weight, self.bias)
+    return _linear(self, x)
+
+
+def _few_conv1d(self: Conv1D, x: Tensor) -> Tensor:
+    if _suits(x, self.weight):
+        return few_row_linear(x, self.weight, self.bias, transposed=True)
+    return _conv1d(self, x)
+
+
+@contextlib.contextmanager
+def few_rows(device: torch.device) -> Iterator[None]:
+    """Within it, layers on a CPU take the faster way, if it could be compiled."""
+    if device.type != "cpu" or not usable():
+        yield
+        return
+    nn.Linear.forward, Conv1D.forward = _few_linear, _few_conv1d
+    try:
+        yield
+    finally:
+        nn.Linear.forward, Conv1D.forward = _linear, _conv1d
