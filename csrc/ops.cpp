@@ -122,7 +122,8 @@ Pair pair_of(const Tensor& teacher, const Tensor& student, int64_t vocab) {
   Pair pair{{logits_of("teacher logits", teacher, vocab),
              logits_of("student logits", student, vocab)}, vocab};
   TORCH_CHECK(teacher.size(0) == student.size(0),
-              "teacher and student must have as many rows, got ", teacher.size(0), " and ", student.size(0));
+              "teacher and student must have as many rows, got ", teacher.size(0), " and ",
+              student.size(0));
   return pair;
 }
 

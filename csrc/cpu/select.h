@@ -20,7 +20,7 @@ SWITCHKD_INLINE GroupWords group_words(const Counter& counter, uint32_t block) {
   for (int i = 0; i < LANES / 2; ++i) order[i] = (i % 2) * (LANES / 4) + i / 2;
   const WideWords position{Wide{} + counter.position}, low_id{Wide{} + counter.low};
   const WideWords high_id{Wide{} + counter.high}, blocks{order + block};
-  const Words<WideWords> w = philox(counter.seed, Words<WideWords>{blocks, position, low_id, high_id});
+  const Words<WideWords> start{blocks, position, low_id, high_id}, w = philox(counter.seed, start);
   Wide a = (w.w0.v & 0xFFFFFFFFu) | w.w1.v << 32, b = (w.w2.v & 0xFFFFFFFFu) | w.w3.v << 32;
 #if SWITCHKD_LANES == 16
   Wide low = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
