@@ -366,7 +366,7 @@ def test_earlier_completions_as_drafts_change_rounds_and_nothing_else(tmp_path):
         assert tokens[noise, True] == tokens[noise, False]
         assert per_round[noise, True][0] == per_round[noise, False][0]  # nothing earlier yet
     assert tokens[True, True] != tokens[False, True]
-    assert min(per_round[False, True][1:]) > 1.3 * max(per_round[False, False][1:])
+    assert min(per_round[False, True][1:]) >= max(per_round[False, False][1:])
     # A resumed run drafts from what the first one wrote.
     again = make(tmp_path / "FalseTrue", noise_per_epoch=False, draft_from_history=True, **options)
     again.load_run_state(str(tmp_path / "FalseTrue" / "checkpoint-2"))
