@@ -44,7 +44,9 @@ def cpu_refuses(*tensors: Tensor | None) -> str | None:
     return _native_refuses()
 
 
-_REFUSES = {"triton": triton_refuses, "cpu": cpu_refuses}
+def refuses(impl: str, *tensors: Tensor | None) -> str | None:
+    """Why an implementation other than the reference cannot take these tensors; None if it can."""
+    return {"triton": triton_refuses, "cpu": cpu_refuses}[impl](*tensors)
 
 
 def interpreting() -> bool:
@@ -66,8 +68,8 @@ def choose(impl: str | None, *tensors: Tensor | None) -> str:
         return impl
     if impl is None:
         fastest = "cpu" if any(device.type == "cpu" for device in devices) else "triton"
-        return "reference" if _REFUSES[fastest](*tensors) else fastest
-    if reason := _REFUSES[impl](*tensors):
+        return "reference" if refuses(fastest, *tensors) else fastest
+    if reason := refuses(impl, *tensors):
         raise RuntimeError(f"impl {impl!r} cannot run: {reason}")
     return impl
 
