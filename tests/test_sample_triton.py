@@ -280,7 +280,7 @@ def test_a_row_of_nothing_but_nan():
     [
         ({"logits": torch.zeros(4)}, ValueError, r"\(rows, vocabulary\), got \(4,\)"),
         ({"logits": torch.zeros(2, 4).double()}, RuntimeError, "float32.*got torch.float64"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of None, reference, triton, cpu, got 'cudnn'"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of None, reference, .*got 'cudnn'"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^64\), got -1"),
         ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
         ({"sequence_ids": [0, 2**56]}, ValueError, "sequence_ids must be in .*, got 0.."),

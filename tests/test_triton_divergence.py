@@ -374,7 +374,7 @@ def test_compiles_whole_and_equals_eager(chosen, options):
         ({"vocab_size": 5}, "vocab_size must be between 1 and 4, .* got 5"),
         ({"kind": "skew_kl", "detach_mixture": True}, "got kind 'skew_kl', which would leave no"),
         ({"base": 10}, "base must be one of 2, e, got 10"),
-        ({"impl": "cudnn"}, "impl must be one of None, reference, triton, cpu, got 'cudnn'"),
+        ({"impl": "cudnn"}, "impl must be one of None, reference, .*got 'cudnn'"),
     ],
 )
 def test_refused_arguments(options, message):

@@ -375,7 +375,7 @@ def test_compiled_without_a_break_it_is_the_same():
     ({"student": GOOD.long()}, RuntimeError, "float16 and bfloat16, got torch.int64"),
     ({"teacher": GOOD.double()}, RuntimeError, "'triton' cannot run: .* got torch.float64"),
     ({"student": GOOD.to("meta")}, ValueError, "one device, got .*meta"),
-    ({"impl": "cudnn"}, ValueError, "impl must be one of None, reference, triton, cpu, got 'cudnn'"),
+    ({"impl": "cudnn"}, ValueError, "impl must be one of None, reference, .*got 'cudnn'"),
     ({"metric": "tv"}, ValueError, "metric must be one of jsd, kl, rank, got 'tv'"),
     ({"base": 10}, ValueError, "base must be one of 2, e, got 10"),
     ({"seed": 2**64}, ValueError, r"seed must be in \[0, 2\^64\), got 1844"),
