@@ -1,0 +1,57 @@
+"""The arms of each experiment: a name and the options that differ from the others.
+
+Tables and figures are those of SWITCH (arXiv 2410.19503); what it prints is quoted beside it in
+LOG.md, never here.
+"""
+
+from __future__ import annotations
+
+SWITCH = dict(rollout_policy="switch")
+# (a) Table 1, for the methods whose rollouts this engine can make.
+METHODS = {
+    "SFT": dict(method="sft"),
+    "KD": dict(method="kd"),
+    "GKD": dict(method="gkd"),
+    "DistiLLM": dict(method="distillm"),
+    "SKD": dict(method="skd"),
+    "SWITCH": dict(method="switch"),
+    # K and L could not be recovered from the paper: ours, not theirs.
+    "AdaSwitch, K = 3, L = 5": dict(method="adaswitch", adaswitch_k=3.0, adaswitch_window=5),
+}
+# (b) Table 4.
+DECAY = {f"λ = 1/{n}": dict(SWITCH, switch_lambda=1 / n) for n in (5, 10, 15, 25)}
+# (c) Table 3.
+SCHEDULES = {
+    "exponential": dict(SWITCH),
+    "linear": dict(SWITCH, switch_schedule="linear"),
+    "constant 0.2": dict(SWITCH, switch_schedule="constant", switch_tau0=0.2),
+    "growth": dict(SWITCH, switch_schedule="growth"),
+    "random 0.5": dict(SWITCH, switch_schedule="random"),
+    "mix-in 0.2": dict(SWITCH, switch_schedule="mix-in"),
+}
+# (f) Figure 3: each loss on student-only and on teacher-intervened rollouts.
+LOSSES = {
+    "KL(p‖q)": dict(loss_type="kl_teacher_student"),
+    "KL(q‖p)": dict(loss_type="kl_student_teacher"),
+    "GJSD 0.9": dict(loss_type="generalized_jsd", beta=0.9),
+    "SRKL 0.1": dict(),
+}
+LOSSES = {
+    f"{name}, {rollouts}": dict(loss, rollout_policy=policy)
+    for name, loss in LOSSES.items()
+    for rollouts, policy in (("student", "student"), ("SWITCH", "switch"))
+}
+
+
+def sizes(scale) -> dict:
+    """(e) Table 1 over sizes, and an open question: a teacher no larger than the student."""
+    arms = {}
+    below = [size for size in scale.layers if size != "1/1"]
+    for rollouts, policy in (("student", "student"), ("SWITCH", "switch")):
+        for size in below:
+            arms[f"student {size} of teacher, {rollouts}"] = dict(rollout_policy=policy, size=size)
+        smaller = dict(rollout_policy=policy, size=below[0], teacher_size=below[-1])
+        arms[f"student {below[0]}, teacher {below[-1]}, {rollouts}"] = smaller
+        equal = dict(rollout_policy=policy, size=below[0], teacher_size=below[0])
+        arms[f"student {below[0]}, teacher {below[0]}, {rollouts}"] = equal
+    return arms

@@ -1,0 +1,66 @@
+"""(d) Where the teacher writes: by position and by divergence (SWITCH, arXiv 2410.19503, 4.3)."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+
+from benchmarks.experiments.tables import save, show, write_csv
+
+POSITIONS = 4  # tokens a bucket
+BOUNDS = (0, 1e-6, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # bits
+
+
+def count(records: Iterable[dict]) -> tuple[dict, dict]:
+    """Bucket to [tokens, teacher's tokens, sum of divergences, sum of thresholds]."""
+    by_position, by_divergence = (defaultdict(lambda: [0, 0, 0.0, 0.0]) for _ in range(2))
+    for record in records:
+        each = zip(record["from_teacher"], record["divergence"], record["threshold"], strict=True)
+        for t, (teacher, divergence, tau) in enumerate(each):
+            place = bisect.bisect_right(BOUNDS, divergence) - 1
+            for found, key in ((by_position, t // POSITIONS), (by_divergence, place)):
+                found[key][0] += 1
+                found[key][1] += teacher
+                found[key][2] += divergence
+                found[key][3] += tau
+    return dict(sorted(by_position.items())), dict(sorted(by_divergence.items()))
+
+
+def analyse(records: Iterable[dict], out: Path, console: Console) -> None:
+    by_position, by_divergence = count(records)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    kinds = (
+        ("position", by_position, lambda k: f"{k * POSITIONS}-{(k + 1) * POSITIONS - 1}"),
+        ("divergence", by_divergence, lambda k: f"{BOUNDS[k]:g} to {(*BOUNDS, 1)[k + 1]:g}"),
+    )
+    for axis, (kind, found, name) in zip(axes, kinds, strict=True):
+        header = [kind, "tokens", "teacher_share", "mean_divergence", "mean_threshold"]
+        rows = [
+            [name(k), n, teacher / n, d / n, tau / n] for k, (n, teacher, d, tau) in found.items()
+        ]
+        write_csv(
+            out / f"intervention_by_{kind}.csv",
+            header,
+            [[*row[:2], *(f"{x:.6g}" for x in row[2:])] for row in rows],
+        )
+        cells = [[row[0], f"{row[1]:,}", *(f"{x:.3g}" for x in row[2:])] for row in rows]
+        show(f"intervention by {kind}", header, cells, console)
+        places = range(len(rows))
+        axis.bar(
+            places, [row[2] for row in rows], color="C0", alpha=0.6, label="written by the teacher"
+        )
+        if kind == "position":
+            axis.plot(places, [row[3] for row in rows], "C1o-", ms=3, label="mean JSD, bits")
+            axis.plot(places, [row[4] for row in rows], "C3--", label="mean threshold")
+        axis.set_xticks(places, [row[0] for row in rows], rotation=60, fontsize=7)
+        axis.set_ylim(0, 1.02)
+        axis.set_xlabel("position in the response" if kind == "position" else "JSD, bits")
+        if kind == "position":
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.18), ncols=3)
+        axis.set_ylabel("share written by the teacher")
+    save(figure, out / "intervention.png")
