@@ -34,7 +34,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks import rollout_pairs as pairs
 from benchmarks.rollout_meter import Meter, NoCache, generate, weight_bytes
@@ -43,7 +42,7 @@ from switchkd.cache import position_bytes
 from switchkd.config import POLICIES, SwitchConfig
 from switchkd.decoder import rollout
 from switchkd.doctor import processor_name
-from switchkd.rollout import rollout_naive
+from switchkd.rollout import Rollout, rollout_naive
 
 PLANS = {
     "block k=1 student": {"block": 1, "drafter": "student"},
@@ -133,7 +132,7 @@ class Bench:
                 if decoder == "naive":
                     baseline, naive = seconds, out
                     reached = pairs.reached(pair, out, prompts, self.sampling)
-                row.update(self.written(decoder, out, naive.tokens, meter))
+                row.update(self.written(decoder, out, naive, meter))
                 row.update(agreement=reached.agreement, confidence=reached.confidence)
             row["speedup_vs_naive"] = baseline / seconds
             row.update(self.roofline(pair, prompts, meter, cached=decoder != "naive, no cache"))
@@ -160,6 +159,7 @@ class Bench:
             "equal_tokens": None,
             "rows_parting": None,
             "first_parting": None,
+            "divergence_difference": None,
             "agreement": None,
             "confidence": None,
             "phases": None,
@@ -169,18 +169,25 @@ class Bench:
             "knobs": pair.knobs and pair.knobs._asdict(),
         }
 
-    def written(self, decoder: str, out, baseline: Tensor, meter: Meter) -> dict:
-        """What a rollout says: who wrote, how much a round, the naive loop's tokens or not."""
+    def written(self, decoder: str, out: Rollout, naive: Rollout, meter: Meter) -> dict:
+        """What a rollout says: who wrote, how much a round, the naive loop's tokens or not.
+
+        divergence_difference: the largest, over the tokens up to where a row parts, with equal
+        prefixes, from the naive loop's divergence.
+        """
         if decoder not in PLANS:
-            meter.steps(self.args.max_new_tokens, len(baseline), "teacher", "student")
-        count, equal = baseline.numel(), out.tokens == baseline
-        parts = ~equal.all(1)
+            meter.steps(self.args.max_new_tokens, len(naive.tokens), "teacher", "student")
+        count, equal = naive.tokens.numel(), out.tokens == naive.tokens
+        parts, along = ~equal.all(1), equal.long().cumprod(1).bool()
+        along = torch.nn.functional.pad(along[:, :-1], (1, 0), value=True)
+        apart = (out.divergence - naive.divergence)[along].abs().nan_to_num(nan=0.0)
         return {
             "teacher_share": out.teacher_tokens() / count,
             "accepted_per_round": count / meter.rows["rounds"],
             "accepted_per_teacher_pass": count / meter.rows["teacher"],
             "equal_tokens": equal.double().mean().item(),
             "rows_parting": int(parts.sum()),
+            "divergence_difference": apart.max().item(),
             "first_parting": int((~equal).long().argmax(1)[parts].min()) if parts.any() else None,
             "phases": meter.shares(),
             "plans": dict(meter.plans) or None,
@@ -252,7 +259,8 @@ def remarks(row: dict) -> list[str]:
     if row["rows_parting"]:
         lines.append(
             f"{row['decoder']}: {row['rows_parting']} rows part from the naive loop's, the first "
-            f"at token {row['first_parting']}"
+            f"at token {row['first_parting']}; divergences differ by up to "
+            f"{row['divergence_difference']:.1e} before"
         )
     if row["decoder"] == "block":
         plans = sorted(row["plans"].items(), key=lambda item: -item[1])
