@@ -10,7 +10,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from switchkd.report.page import render
-from switchkd.report.rollouts import METRICS, UNKNOWN, read_rollouts
+from switchkd.report.rollouts import metric_of, read_rollouts
 from switchkd.report.run import read_run
 from switchkd.report.samples import choose, find_tokenizer, read_samples
 
@@ -23,12 +23,11 @@ def make(folder: str, output: str | None = None) -> Path:
         raise ValueError(f"output: got {path}, expected a file in an existing folder")
     notes, rollouts, samples = [], None, ([], [])
     if run.completions is not None:
-        metric = METRICS.get(run.config.get("rollout_policy"), UNKNOWN)
         size = run.completions.stat().st_size
         with tqdm(
             total=size, desc="rollouts", unit="B", unit_scale=True, disable=size < 2**24
         ) as bar:
-            rollouts = read_rollouts(run.completions, metric, bar.update)
+            rollouts = read_rollouts(run.completions, metric_of(run), bar.update)
         if rollouts.broken:
             notes.append(f"{rollouts.broken} unreadable line(s) of completions.jsonl left out.")
     if rollouts is not None:

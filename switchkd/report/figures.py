@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from switchkd.report.rollouts import Buckets, Rollouts
+from switchkd.report.rollouts import Buckets, Metric, Rollouts, metric_of
 from switchkd.report.run import Run
 from switchkd.report.svg import Chart, number, padded
 
@@ -31,6 +31,11 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
     size = -(-len(points) // most)
     groups = [points[i : i + size] for i in range(0, len(points), max(1, size))]
     return [tuple(sum(column) / len(g) for column in zip(*g, strict=True)) for g in groups]
+
+
+def axis(metric: Metric) -> str:
+    """The metric with its unit."""
+    return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
 def by_step(
@@ -75,7 +80,7 @@ def training(run: Run, rollouts: Rollouts | None) -> list[Figure]:
     levels = {
         f"floor: {name.replace('_', ' ')}": (f"rule {css}", [(0, scores["rouge_l"])])
         for (name, scores), css in zip(
-            run.summary.get("floors", {}).items(), ("third", "fourth"), strict=False
+            run.summary.get("floors", {}).items(), (THIRD, FOURTH), strict=False
         )
     }
     if rollouts is not None:
@@ -84,7 +89,7 @@ def training(run: Run, rollouts: Rollouts | None) -> list[Figure]:
         share, source = run.series("rollout/teacher_share"), "From the log."
     entropy = {
         "cross-entropy of the references": (STUDENT, run.eval_series("cross_entropy")),
-        "KL(p‖q)": (f"{TEACHER} dash", run.eval_series("kl")),
+        "KL(p‖q)": (f"{THIRD} dash", run.eval_series("kl")),
     }
     jsd = {"JSD": (STUDENT, run.eval_series("jsd"))}
     rouge = {"Rouge-L": (STUDENT, run.eval_series("rouge_l")), **levels}
@@ -97,6 +102,9 @@ def training(run: Run, rollouts: Rollouts | None) -> list[Figure]:
                 note="One sample per row, against its best reference."),
         by_step(run, "Tokens written by the teacher", {"teacher": (TEACHER, share)},
                 y_label="share of tokens", percent=True, note=source),
+        by_step(run, "Divergence in rollouts",
+                {"mean": (STUDENT, run.series("rollout/divergence"))},
+                y_label=axis(metric_of(run)), zero=True, note="Mean over compared tokens."),
     ]  # fmt: skip
     return [figure for figure in found if figure is not None]
 
@@ -143,7 +151,7 @@ def _divergence(rollouts: Rollouts, b: Buckets) -> Figure:
     chart = Chart(
         (0, int(b.stop[-1])), y, log_y=True,
         x_label="position in the response, tokens",
-        y_label=f"{metric.name}, {metric.unit}" if metric.unit else metric.name,
+        y_label=axis(metric),
         label=f"{metric.name} by position: median from {number(known[0])} to {number(known[-1])}",
     )  # fmt: skip
     chart.band(list(zip(middle, low, high, strict=True)), STUDENT)
@@ -171,9 +179,10 @@ def _histogram(rollouts: Rollouts) -> Figure:
     (median,) = rollouts.quantiles(rollouts.by_writer.sum(0), at=(0.5,))
     chart = Chart(
         (bars[0][0], bars[-1][1]), (0, most * 1.05), log_x=True,
-        x_label=f"{metric.name}, {metric.unit}" if metric.unit else metric.name,
+        x_label=axis(metric),
         y_label="tokens",
-        label=f"Histogram of {rollouts.compared:,} values of {metric.name}, median {number(median)}",
+        label=f"Histogram of {metric.name} over {rollouts.compared:,} tokens, "
+        f"median {number(median)}",
     )  # fmt: skip
     for low, high, student, teacher in bars:
         title = (
@@ -192,7 +201,7 @@ def speed(run: Run) -> list[Figure]:
     """Times of the log, by training step."""
     times = {
         "rollouts of a step": (STUDENT, run.series("time/rollout")),
-        "loss of a micro-batch, forward": (f"{TEACHER} dash", run.series("time/forward")),
+        "loss of a micro-batch, forward": (f"{THIRD} dash", run.series("time/forward")),
     }
     rate = {"rollouts": (STUDENT, run.series("rollout/tokens_per_second"))}
     found = [

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 import time
-from dataclasses import MISSING, fields
+from dataclasses import asdict
 from importlib.resources import files
 
 from jinja2 import Environment
@@ -91,11 +91,8 @@ def settings(config: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
     """(options that differ from their defaults, all the others), as (name, value) in order."""
     from switchkd.config import ScriptArguments, SwitchConfig  # imports transformers
 
-    defaults = {}
-    for f in [*fields(ScriptArguments), *fields(SwitchConfig)]:
-        defaults[f.name] = f.default
-        if f.default_factory is not MISSING:
-            defaults[f.name] = f.default_factory()
+    defaults = {**asdict(ScriptArguments()), **SwitchConfig(use_cpu=True).to_dict()}
+    defaults["use_cpu"] = config.get("use_cpu")  # found out by a run, not chosen
     order = {name: i for i, name in enumerate(defaults)}
     names = sorted(config, key=lambda name: (order.get(name, len(order)), str(name)))
     changed = [n for n in names if n not in defaults or config[n] != defaults[n]]

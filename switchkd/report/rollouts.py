@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from switchkd.report.run import Run
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -49,6 +51,13 @@ METRICS = {
     "skd": Metric("rank", "", _RANKS, _POWERS, (2, 5, 25, 100, 1000), 1, "K"),
 }
 UNKNOWN = Metric("divergence", "", *_decades(-10, 6), _NATS)
+
+
+def metric_of(run: Run) -> Metric:
+    """What the policy of a run compares."""
+    return METRICS.get(run.config.get("rollout_policy"), UNKNOWN)
+
+
 KEYS = ("step", "row", "tokens", "from_teacher", "divergence", "threshold")
 
 

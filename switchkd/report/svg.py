@@ -130,18 +130,19 @@ class Chart:
 
     @staticmethod
     def _tick(value: float, log: bool) -> str:
-        if log and not 0.01 < value < 1000:
+        if log and not 0.009 < value < 1100:
             return "10" + str(round(math.log10(value))).translate(_UP)
         return number(value)
 
     def svg(self) -> Markup:
         """The drawing; what lies outside the axes is clipped by the inner svg."""
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        box = f'x="{LEFT}" y="{TOP}" width="{width}" height="{height}"'
+        left, width = LEFT - 4, WIDTH - LEFT - RIGHT + 8  # whole dots at the ends
+        height = HEIGHT - TOP - BOTTOM
+        box = f'x="{left}" y="{TOP}" width="{width}" height="{height}"'
         return Markup(
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{escape(self.label)}">{self._axes()}'
-            f'<svg {box} viewBox="{LEFT} {TOP} {width} {height}">{"".join(self.marks)}</svg></svg>'
+            f'<svg {box} viewBox="{left} {TOP} {width} {height}">{"".join(self.marks)}</svg></svg>'
         )
 
 
