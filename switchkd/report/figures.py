@@ -87,6 +87,7 @@ def training(run: Run, rollouts: Rollouts | None) -> list[Figure]:
         share, source = rollouts.shares(), "Counted over the tokens of each step."
     else:
         share, source = run.series("rollout/teacher_share"), "From the log."
+    metric, divergence = metric_of(run), run.series("rollout/divergence")
     entropy = {
         "cross-entropy of the references": (STUDENT, run.eval_series("cross_entropy")),
         "KL(p‖q)": (f"{THIRD} dash", run.eval_series("kl")),
@@ -103,8 +104,8 @@ def training(run: Run, rollouts: Rollouts | None) -> list[Figure]:
         by_step(run, "Tokens written by the teacher", {"teacher": (TEACHER, share)},
                 y_label="share of tokens", percent=True, note=source),
         by_step(run, "Divergence in rollouts",
-                {"mean": (STUDENT, run.series("rollout/divergence"))},
-                y_label=axis(metric_of(run)), zero=True, note="Mean over compared tokens."),
+                {"mean": (STUDENT, [(s, v + metric.offset) for s, v in divergence])},
+                y_label=axis(metric), zero=True, note="Mean over compared tokens."),
     ]  # fmt: skip
     return [figure for figure in found if figure is not None]
 
@@ -146,7 +147,8 @@ def _divergence(rollouts: Rollouts, b: Buckets) -> Figure:
     metric, middle = rollouts.metric, (b.start + b.stop) / 2
     low, median, high = b.quantiles.T
     seen = [v for v in b.quantiles.ravel() if not math.isnan(v)]
-    y = (10.0 ** math.floor(math.log10(min(seen))), 10.0 ** math.ceil(math.log10(max(seen) * 1.01)))
+    bottom = math.floor(math.log10(min(seen)))
+    y = (10.0**bottom, 10.0 ** max(bottom + 1, math.ceil(math.log10(max(seen)))))
     known = median[~_nan(median)]
     chart = Chart(
         (0, int(b.stop[-1])), y, log_y=True,

@@ -40,7 +40,8 @@ POLICIES = {
 def status(run: Run) -> str:
     """How far the run got, in words."""
     if run.summary:
-        return f"finished {run.summary.get('finished', '')} after {run.summary['steps']:,} steps"
+        steps = run.summary.get("steps", run.step)
+        return f"finished {run.summary.get('finished', '')} after {steps:,} steps"
     if not run.step:
         return "not finished; no log of its steps is left"
     return f"not finished: logged up to step {run.step:,} of {run.max_steps:,}"

@@ -48,17 +48,17 @@ _NATS = (1e-3, 1e-2, 0.1, 0.5, 2.0)
 METRICS = {
     "switch": Metric("JSD", "bits", *_decades(-10, 0), (1e-3, 1e-2, 0.1, 0.3, 0.6)),
     "adaswitch": Metric("KL(p‖q)", "nats", *_decades(-10, 3), _NATS),
-    "skd": Metric("rank", "", _RANKS, _POWERS, (2, 5, 25, 100, 1000), 1, "K"),
+    "skd": Metric("Rank", "", _RANKS, _POWERS, (2, 5, 25, 100, 1000), 1, "K"),
 }
 UNKNOWN = Metric("divergence", "", *_decades(-10, 6), _NATS)
+COLUMNS = (
+    "tokens", "from_teacher", "divergence", "threshold", "teacher_logprob", "student_logprob"
+)  # fmt: skip
 
 
 def metric_of(run: Run) -> Metric:
     """What the policy of a run compares."""
     return METRICS.get(run.config.get("rollout_policy"), UNKNOWN)
-
-
-KEYS = ("step", "row", "tokens", "from_teacher", "divergence", "threshold")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Rollouts:
         divergence = np.asarray(record["divergence"], dtype=np.float64) + self.metric.offset
         tau = np.asarray(record["threshold"], dtype=np.float64) + self.metric.offset
         n = len(record["tokens"])
-        if not n == len(teacher) == len(divergence) == len(tau):
+        if any(len(record[name]) != n for name in COLUMNS):
             raise ValueError("lists of different lengths")
         while n > len(self._counts):
             for name in ("_counts", "_tau", "_bins"):
@@ -202,8 +202,8 @@ def read_rollouts(
                     rollouts.add(record, offset)
                 except (KeyError, TypeError, ValueError, IndexError) as error:
                     raise ValueError(
-                        f"{path}, line {number}: expected a rollout with {', '.join(KEYS)}, lists "
-                        f"of one length ({type(error).__name__}: {error})"
+                        f"{path}, line {number}: expected a rollout with step, row and lists of "
+                        f"one length {', '.join(COLUMNS)} ({type(error).__name__}: {error})"
                     ) from None
             offset += len(line)
             if on_bytes is not None:
