@@ -71,7 +71,9 @@ def by_step(
         level = "rule" in css
         points = [(0, points[0][1]), (last, points[0][1])] if level else points
         chart.line(points, css, dots=not level and len(points) <= 80, unit=unit)
-    legend = tuple((css, name) for name, (css, _) in lines.items()) if len(lines) > 1 else ()
+    legend = tuple((css, name) for name, (css, _) in lines.items())
+    if len(legend) == 1 and legend[0][1].lower() in title.lower():
+        legend = ()
     return Figure(title, chart.svg(), legend, note)
 
 
@@ -205,7 +207,7 @@ def speed(run: Run) -> list[Figure]:
         "rollouts of a step": (STUDENT, run.series("time/rollout")),
         "loss of a micro-batch, forward": (f"{THIRD} dash", run.series("time/forward")),
     }
-    rate = {"rollouts": (STUDENT, run.series("rollout/tokens_per_second"))}
+    rate = {"rollout": (STUDENT, run.series("rollout/tokens_per_second"))}
     found = [
         by_step(run, "Seconds", times, y_label="seconds", unit="s", zero=True),
         by_step(run, "Rollout speed", rate, y_label="tokens per second", zero=True),

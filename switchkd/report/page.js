@@ -44,6 +44,8 @@ function choose(select) {
   hide();
   [...select.parentElement.querySelectorAll("article")].forEach((article, i) => {
     article.hidden = i !== select.selectedIndex;
+    const prompt = article.querySelector(".prompt");
+    prompt.scrollTop = prompt.scrollHeight;  // the question ends a prompt, the template begins it
   });
 }
 

@@ -146,6 +146,7 @@ def render(
         ],
         most_tokens=MOST_TOKENS,
         metric=rollouts.metric if rollouts and rollouts.compared else None,
+        uncompared=rollouts is not None and rollouts.compared < rollouts.tokens,
         shades=shade_legend(rollouts) if rollouts and rollouts.compared else [],
         speed=figures.speed(run),
         phases=[(n, duration(s), 100 * s / whole) for n, s in parts if math.isfinite(s) and s > 0],
