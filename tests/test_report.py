@@ -3,105 +3,17 @@
 import base64
 import hashlib
 import json
-import math
 import re
-import tracemalloc
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-import yaml
 from conftest import byte_tokenizer, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from report_runs import LOG, SWITCHED, Page, ids, record, write_run
 
 from switchkd import train
 from switchkd.report.__main__ import main, make
-from switchkd.report.figures import thin
-from switchkd.report.page import settings as page_settings
-from switchkd.report.rollouts import METRICS, Rollouts, read_rollouts
+from switchkd.report.page import settings
 from switchkd.report.run import phases, read_run
-from switchkd.report.samples import HALF, choose, pieces, visible
-from switchkd.report.svg import Chart, linear_ticks, log_ticks
-
-
-class Page(HTMLParser):
-    """What a browser would make of the file: tags, their attributes, scripts and text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.scripts, self.text, self._inside = [], [], [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "br"):
-            self._inside.append(tag)
-        if tag in ("td", "th", "dd", "br", "p", "h3"):
-            self.text.append(" ")
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._inside.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data):
-        inside = self._inside[-1] if self._inside else None
-        if inside == "script":
-            self.scripts.append(data)
-        elif inside != "style":
-            self.text.append(data)
-
-    def all(self, tag, css=""):
-        wanted = set(css.split())
-        return [
-            a for t, a in self.tags if t == tag and wanted <= set((a.get("class") or "").split())
-        ]
-
-    def body(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.text))
-
-
-def record(step, row, teacher, divergence, threshold, *, text="ab", **changes):
-    """A line of completions.jsonl; the tokens are bytes of the text."""
-    n = len(teacher)
-    logprobs = {f"{side}_logprob": [math.log(0.25)] * n for side in ("teacher", "student")}
-    values = {"step": step, "row": row, "prompt": "Say: ", "completion": text}
-    values |= {"tokens": [5] * n, "from_teacher": teacher, "divergence": divergence}
-    return {**values, "threshold": threshold, **logprobs, **changes}
-
-
-def write_run(folder, records, *, log=(), summary=None, **config):
-    folder.mkdir(exist_ok=True)
-    config = {"rollout_policy": "switch", "gradient_accumulation_steps": 2, **config}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = "".join(json.dumps(r) + "\n" for r in records)
-    (folder / "completions.jsonl").write_text(lines)
-    state = {"global_step": 4, "max_steps": 8, "log_history": list(log)}
-    checkpoint = folder / "checkpoint-4"
-    checkpoint.mkdir(exist_ok=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    tokens = [len(r["tokens"]) for r in records if "tokens" in r]
-    totals = {"tokens": sum(tokens), "rollout_seconds": 4.0 if tokens else 0.0, "seconds": 20.0}
-    before = {"cross_entropy": 5.0, "kl": 3.0, "jsd": 0.5, "rouge_l": 7.0}
-    (checkpoint / "run_state.json").write_text(json.dumps({"totals": totals, "before": before}))
-    if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-SWITCHED = [
-    record(1, 0, [0, 1, 1], [0.5, 0.75, 1e-8], [1.0, 0.5, 0.25]),
-    record(4, 0, [0, 0, 1, 0], [0.5, 0.25, 1.0, None], [1.0, 0.5, 0.25, 0.125]),
-]
-LOG = [
-    {"step": 2, "loss": 1.5, "time/forward": 0.5, "rollout/divergence": 0.4, "time/rollout": 1.0},
-    {"step": 2, "eval_kl": 2.0, "eval_rouge_l": 8.0, "eval_seconds": 3.0},
-    {"step": 4, "loss": float("nan"), "time/forward": 1.0, "grad_norm": 1.0},
-    {"step": 4, "eval_kl": 1.0, "eval_rouge_l": 9.0, "eval_seconds": 1.0},
-]
+from switchkd.report.samples import HALF
 
 
 def show(folder) -> Page:
@@ -109,50 +21,6 @@ def show(folder) -> Page:
 
 
 # ---------------------------------------------------------------------- numbers
-
-
-def test_aggregates_of_a_run_written_by_hand(tmp_path):
-    folder = write_run(tmp_path / "run", SWITCHED)
-    got = read_rollouts(folder / "completions.jsonl", METRICS["switch"])
-    assert (got.tokens, got.teacher_tokens, got.compared, got.length) == (7, 3, 6, 4)
-    assert got.shares() == [(1, 2 / 3), (4, 1 / 4)]
-    b = got.buckets()
-    assert b.start.tolist() == [0, 1, 2, 3] and b.stop.tolist() == [1, 2, 3, 4]
-    assert b.tokens.tolist() == [2, 2, 2, 1]
-    assert b.share.tolist() == [0, 0.5, 1, 0]
-    np.testing.assert_allclose(b.tau, [1, 0.5, 0.25, 0.125], rtol=1e-9)
-    half = 10 ** (1 / 20)  # a bin: what a quantile may be off by
-    assert 0.5 / half < b.quantiles[0, 1] < 0.5 * half
-    assert 1e-8 / half < b.quantiles[2, 0] < 1e-8 * half and b.quantiles[2, 2] > 0.8
-    assert np.isnan(b.quantiles[3]).all()
-    bars = {(low, high): (s, t) for low, high, s, t in got.histogram() if s + t}
-    assert sum(s for s, _ in bars.values()) == 3 and sum(t for _, t in bars.values()) == 3
-    assert all(
-        low <= value < high or value == 1.0
-        for (low, high), value in zip(bars, [1e-8, 0.25, 0.5, 1.0], strict=True)
-    )
-    wide = got.buckets(most=2)
-    assert wide.share.tolist() == [0.25, 2 / 3] and wide.stop.tolist() == [2, 4]
-    np.testing.assert_allclose(wide.tau[0], math.sqrt(0.5))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=60), st.sampled_from([0.1, 0.5, 0.9]))
-def test_quantiles_are_within_a_bin(values, q):
-    got = Rollouts(METRICS["switch"])
-    n = len(values)
-    got.add(record(1, 0, [0] * n, values, [None] * n), 0)
-    exact = float(np.quantile(values, q, method="inverted_cdf"))
-    (found,) = got.quantiles(got.by_writer.sum(0), at=(q,))
-    assert exact / 1.123 <= found <= exact * 1.123
-
-
-def test_ranks_are_counted_from_one_and_stay_whole():
-    got = Rollouts(METRICS["skd"])
-    got.add(record(1, 0, [0, 1, 0], [0, 25, 4], [24.0] * 3), 0)
-    assert got.histogram()[0] == (1.0, 2.0, 1, 0)
-    assert got.quantiles(got.by_writer.sum(0)) == [1, 5, 26]
-    np.testing.assert_allclose(got.buckets().tau, 25)
 
 
 def test_the_page_says_what_the_files_say(tmp_path):
@@ -209,31 +77,10 @@ def test_the_longest_log_is_read(tmp_path):
     assert read_run(folder).series("loss") == [(2, 1.5)]
 
 
-def test_early_and_late_completions_of_the_same_prompt_stand_side_by_side():
-    got = Rollouts(METRICS["switch"])
-    for step in range(1, 31):
-        for row in range(4):
-            same = row == 0 and step in (2, 3, 15, 28, 29)
-            got.add(record(step, 1000 if same else 10 * step + row, [0], [0.1], [1.0]), 0)
-    early, late = choose(got, most=6)
-    assert len(early) == len(late) == len(set(early) | set(late)) / 2 == 6
-    pairs = [[(got.steps[i], got.rows[i]) for i in part] for part in (early, late)]
-    assert (2, 1000) in pairs[0] and (29, 1000) in pairs[1]
-    assert max(s for s, _ in pairs[0]) <= 11 and min(s for s, _ in pairs[1]) >= 20
-    assert pairs[0] == sorted(pairs[0]) and pairs[0][0][0] == 1 and pairs[1][-1][0] == 30
-    one = Rollouts(METRICS["switch"])
-    one.add(record(3, 0, [0], [0.1], [1.0]), 0)
-    assert choose(one) == ([0], []) and choose(Rollouts(METRICS["switch"])) == ([], [])
-
-
 # ---------------------------------------------------------------------- text of models
 
 EVIL = "<script>alert(1)</script></script><img src=x onerror=alert(2)>\" onmouseover='x' & é"
 HIDDEN = "\x00\x1b[31m\u202e\u2028\t"
-
-
-def ids(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def evil_run(folder):
@@ -257,7 +104,7 @@ def test_text_of_models_is_shown_and_never_run(tmp_path):
     assert not page.all("img") and not page.all("b")
     for tag, attributes in page.tags:
         assert not [a for a in attributes if a.startswith("on") or a in ("src", "href")], tag
-    assert not re.search(r"url\(|@import|https?:", "".join(page.all("style") and html))
+    assert not re.search(r"url\(|@import|https?:", html)
     prompts = "".join(page.text)
     assert EVIL in prompts and "␀␛[31m⟨U+202E⟩⟨U+2028⟩␉" in prompts and "⟨U+D800⟩" in prompts
     assert not set(html) & {"\x00", "\x1b", "\u202e", "\u2028"}
@@ -265,18 +112,6 @@ def test_text_of_models_is_shown_and_never_run(tmp_path):
     assert len(completions) == 2
     shown = "".join(Page(completions[0]).text)[1:].replace(HALF, "")
     assert shown == EVIL + "\ufffd"
-
-
-def test_pieces_join_to_the_text_whatever_the_split():
-    tokenizer = byte_tokenizer()
-    text = "naïve – 漢字 🙂\n"
-    got = pieces(tokenizer, ids(text, tokenizer))
-    assert len(got) == len(text.encode())
-    assert "".join(got).replace(HALF, "") == text
-    broken = [ids("é", tokenizer)[1]] * 9  # bytes that end characters and begin none
-    assert "".join(pieces(tokenizer, broken)).replace(HALF, "") == "\ufffd" * 9
-    assert pieces(None, [7, 8]) == ["[7]", "[8]"]
-    assert visible("a\n\r\x7f b\u00a0c") == "a\n␍⟨U+007F⟩ b\u00a0c"
 
 
 def test_without_a_tokenizer_tokens_are_numbers(tmp_path):
@@ -328,6 +163,7 @@ def test_a_run_killed_before_its_first_checkpoint(tmp_path):
         file.write('{"step": 5, "tok')
     body = show(folder).body()
     assert "1 unreadable line(s)" in body and "no log of its steps" in body and "42.9 %" in body
+    assert "steps 4" in body  # of its rollouts
     (folder / "config.yaml").unlink()  # a trainer used from Python
     body = show(folder).body()
     assert "divergence by position" in body and "no config.yaml" in body
@@ -359,9 +195,7 @@ def test_report_of_a_real_run(trained, capsys):
     run = read_run(trained)
     assert [s for s, _ in run.series("loss")] == [1, 2, 3, 4, 5]  # the last is in no checkpoint
     assert main([str(trained)]) == 0
-    assert str(trained / "report.html").replace("\n", "") in capsys.readouterr().out.replace(
-        "\n", ""
-    )
+    assert str(trained / "report.html") in capsys.readouterr().out.replace("\n", "")
     page = Page((trained / "report.html").read_text(encoding="utf-8"))
     body = page.body()
     assert "No tokenizer" not in body and "after 5 steps" in body and "finished" in body
@@ -371,30 +205,12 @@ def test_report_of_a_real_run(trained, capsys):
     records = [json.loads(line) for line in (trained / "completions.jsonl").open()]
     tokens = sum(len(r["tokens"]) for r in records)
     assert tokens == run.totals["tokens"] and f"rollout tokens {tokens}" in body
-    changed, rest = page_settings(run.config)
+    changed, rest = settings(run.config)
     assert "max_new_tokens" in dict(changed) and "skew_alpha" in dict(rest)
     assert not {"use_cpu", "hub_token", "accelerator_config"} & set(dict(changed))
 
 
 # ---------------------------------------------------------------------- size and errors
-
-
-def test_a_large_file_is_streamed(tmp_path):
-    n, path = 200, tmp_path / "completions.jsonl"
-    line = json.dumps(record(1, 0, [0, 1] * (n // 2), [0.25] * n, [0.5] * n, text="x" * 40_000))
-    with path.open("w") as file:
-        for _ in range(250):
-            file.write(line + "\n")
-    size, seen = path.stat().st_size, []
-    tracemalloc.start()
-    got = read_rollouts(path, METRICS["switch"], seen.append)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (got.tokens, got.teacher_tokens) == (250 * n, 125 * n)
-    assert sum(seen) == size > 10_000_000 and peak < size / 4
-    with path.open("rb") as file:
-        file.seek(got.offsets[177])
-        assert json.loads(file.readline())["row"] == 0
 
 
 def test_long_completions_are_cut_in_the_page_alone(tmp_path):
@@ -447,30 +263,3 @@ def test_output_goes_where_it_is_told(tmp_path, capsys):
     assert (tmp_path / "x.html").exists() and not (folder / "report.html").exists()
     assert main([str(folder), "--output", str(tmp_path / "no" / "x.html")]) == 1
     assert "existing" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------- charts
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_linear_ticks_are_few_and_inside(low, span):
-    ticks = linear_ticks(low, low + span)
-    assert 2 <= len(ticks) <= 7
-    assert all(low - 1e-6 * span <= t <= low + span * (1 + 1e-6) for t in ticks)
-
-
-def test_charts_clip_break_and_scale():
-    assert log_ticks(1e-8, 1.0) == [1e-8, 1e-6, 1e-4, 1e-2, 1.0]
-    chart = Chart((0, 10), (1e-4, 1.0), x_label="x", y_label="y", label='a "<b>', log_y=True)
-    chart.line([(0, 1.0), (5, float("nan")), (10, 1e-4)], "ink")
-    chart.band([(0, 0.1, 1.0), (5, float("nan"), 1.0), (10, 0.1, 1.0)], "ink")
-    page = Page(chart.svg())
-    assert page.all("svg", "chart")[0]["aria-label"] == 'a "<b>'
-    assert page.all("path")[0]["d"] == "M46.0,26.0M426.0,214.0"
-    assert page.all("polygon")[0]["points"] == "46.0,26.0 426.0,26.0 426.0,73.0 46.0,73.0"
-
-
-def test_long_logs_are_averaged():
-    got = thin([(float(i), 2.0 * i) for i in range(1000)], most=10)
-    assert len(got) == 10 and got[0] == (49.5, 99.0) and got[-1] == (949.5, 1899.0)
-    assert thin([(1, 2.0)]) == [(1.0, 2.0)]

@@ -65,9 +65,10 @@ def facts(run: Run, rollouts: Rollouts | None) -> list[tuple[str, str]]:
     if rollouts is not None:
         tokens, teacher = rollouts.tokens, rollouts.teacher_tokens
     seconds = run.totals.get("seconds", 0.0)
+    step = max([run.step, *(rollouts.by_step if rollouts else ())])
     found = [
         ("policy", str(run.config.get("rollout_policy", "unknown"))),
-        ("steps", f"{run.step:,}"),
+        ("steps", f"{step:,}"),
     ]
     if tokens:
         found += [

@@ -37,9 +37,9 @@ class Metric:
 
 
 def _decades(low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """20 bins to the decade, so a quantile is known within 6 %; every fifth edge is drawn."""
-    edges = 10.0 ** (np.arange(20 * low, 20 * high + 1) / 20)
-    return edges, edges[::5]
+    """50 bins to the decade, so a quantile is known within 5 %; every tenth edge is drawn."""
+    edges = 10.0 ** (np.arange(50 * low, 50 * high + 1) / 50)
+    return edges, edges[::10]
 
 
 _POWERS = 2.0 ** np.arange(21)

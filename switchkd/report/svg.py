@@ -110,12 +110,12 @@ class Chart:
     def _axes(self) -> str:
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         out = []
-        for value in (log_ticks if self.log_y else linear_ticks)(*self.y):
+        for value in self._ticks(self.y, self.log_y):
             y = self._y(value)
             out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
             text = f"{100 * value:g} %" if self.percent else self._tick(value, self.log_y)
             out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" {_END}>{text}</text>')
-        for value in (log_ticks if self.log_x else linear_ticks)(*self.x):
+        for value in self._ticks(self.x, self.log_x):
             x, text = self._x(value), self._tick(value, self.log_x)
             out.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
             out.append(f'<text class="tick" x="{x}" y="{bottom + 16}" {_MIDDLE}>{text}</text>')
@@ -129,20 +129,26 @@ class Chart:
         return "".join(out)
 
     @staticmethod
+    def _ticks(ends: tuple[float, float], log: bool) -> list[float]:
+        decades = log_ticks(*ends) if log else []
+        return decades if len(decades) > 1 else linear_ticks(*ends)
+
+    @staticmethod
     def _tick(value: float, log: bool) -> str:
-        if log and not 0.009 < value < 1100:
-            return "10" + str(round(math.log10(value))).translate(_UP)
+        power = math.log10(value) if log else 0.0
+        if abs(power) > 2.5 and abs(power - round(power)) < 1e-9:
+            return "10" + str(round(power)).translate(_UP)
         return number(value)
 
     def svg(self) -> Markup:
         """The drawing; what lies outside the axes is clipped by the inner svg."""
-        left, width = LEFT - 4, WIDTH - LEFT - RIGHT + 8  # whole dots at the ends
-        height = HEIGHT - TOP - BOTTOM
-        box = f'x="{left}" y="{TOP}" width="{width}" height="{height}"'
+        left, top = LEFT - 4, TOP - 4  # whole dots at the ends
+        width, height = WIDTH - left - RIGHT + 4, HEIGHT - top - BOTTOM + 4
+        box = f'x="{left}" y="{top}" width="{width}" height="{height}"'
         return Markup(
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
             f'aria-label="{escape(self.label)}">{self._axes()}'
-            f'<svg {box} viewBox="{left} {TOP} {width} {height}">{"".join(self.marks)}</svg></svg>'
+            f'<svg {box} viewBox="{left} {top} {width} {height}">{"".join(self.marks)}</svg></svg>'
         )
 
 
