@@ -148,9 +148,8 @@ def test_every_kind_of_run_has_its_report(tmp_path, policy, records, shown, miss
         assert part not in text, part
     for chart in page.all("svg", "chart"):
         assert chart["role"] == "img" and len(chart["aria-label"]) > 20
-    numbers = " ".join(
-        str(v) for _, a in page.tags for k, v in a.items() if k in ("d", "points", "x", "y", "cx")
-    )
+    drawn = ("d", "points", "x", "y", "cx", "cy", "height")
+    numbers = " ".join(str(v) for _, a in page.tags for k, v in a.items() if k in drawn)
     assert "nan" not in numbers and "inf" not in numbers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
 from switchkd.report.rollouts import Buckets, Metric, Rollouts, metric_of
@@ -138,7 +139,7 @@ def _share(rollouts: Rollouts, b: Buckets) -> Figure:
         chart.bar((start, stop), (share, 1), f"{STUDENT} faint", title)
     legend = [(f"area {TEACHER}", "teacher"), (f"area {STUDENT} faint", "student")]
     middle = (b.start + b.stop) / 2
-    if rollouts.metric.name == "JSD" and not all(map(math.isnan, b.tau)):
+    if rollouts.metric.name == "JSD" and not np.isnan(b.tau).all():
         chart.line(list(zip(middle, b.tau, strict=True)), "ink dash")
         legend.append(("ink dash", "τ, in bits, on the same axis"))
     note = f"Bars of {width} positions. " if width > 1 else ""
@@ -148,10 +149,9 @@ def _share(rollouts: Rollouts, b: Buckets) -> Figure:
 def _divergence(rollouts: Rollouts, b: Buckets) -> Figure:
     metric, middle = rollouts.metric, (b.start + b.stop) / 2
     low, median, high = b.quantiles.T
-    seen = [v for v in b.quantiles.ravel() if not math.isnan(v)]
-    bottom = math.floor(math.log10(min(seen)))
-    y = (10.0**bottom, 10.0 ** max(bottom + 1, math.ceil(math.log10(max(seen)))))
-    known = median[~_nan(median)]
+    bottom = math.floor(math.log10(np.nanmin(low)))
+    y = (10.0**bottom, 10.0 ** max(bottom + 1, math.ceil(math.log10(np.nanmax(high)))))
+    known = median[~np.isnan(median)]
     chart = Chart(
         (0, int(b.stop[-1])), y, log_y=True,
         x_label="position in the response, tokens",
@@ -161,20 +161,16 @@ def _divergence(rollouts: Rollouts, b: Buckets) -> Figure:
     chart.band(list(zip(middle, low, high, strict=True)), STUDENT)
     points = list(zip(middle, median, strict=True))
     chart.line(points, STUDENT, dots=True, unit=metric.unit)
-    legend = [(STUDENT, "median"), (f"area {STUDENT} faint", "10 % to 90 %")]
-    if not _nan(b.tau).all():
+    note, legend = "", [(STUDENT, "median"), (f"area {STUDENT} faint", "10 % to 90 %")]
+    if not np.isnan(b.tau).all():
         chart.line(list(zip(middle, b.tau, strict=True)), "ink dash")
         moving = " (geometric mean)" if metric.name.startswith("KL") else ""
         legend.append(("ink dash", f"threshold {metric.threshold}{moving}"))
-    compared = rollouts.compared / rollouts.tokens
-    note = "The teacher writes above the threshold."
-    if compared < 1:
-        note += f" {100 * (1 - compared):.1f} % of the tokens were written without a comparison."
+        note = "The teacher writes above the threshold. "
+    apart = 1 - rollouts.compared / rollouts.tokens
+    if apart:
+        note += f"{100 * apart:.1f} % of the tokens were written without a comparison."
     return Figure(f"{metric.name} by position", chart.svg(), tuple(legend), note)
-
-
-def _nan(values):
-    return values != values
 
 
 def _histogram(rollouts: Rollouts) -> Figure:

@@ -49,10 +49,11 @@ class Run:
         start = [(0, self.before[name])] if name in self.before else []
         return start + self.series(f"eval_{name}")
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoint folders, the newest first."""
-        found = [p for p in self.folder.glob("checkpoint-*") if p.name[11:].isdigit()]
-        return sorted(found, key=checkpoint_step, reverse=True)
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, the newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def _json(path: Path) -> dict:
@@ -69,11 +70,9 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"RUN_DIR: got {folder}, expected the output folder of a training run")
-    run = Run(folder, {}, [], 0, 0, {}, {}, {})
-    places = [folder, *run.checkpoints()]
-    if not any((folder / name).exists() for name in (CONFIG, COMPLETIONS, SUMMARY, STATE)) and (
-        len(places) == 1
-    ):
+    places = [folder, *checkpoints(folder)]
+    known = (CONFIG, COMPLETIONS, SUMMARY, STATE)
+    if len(places) == 1 and not any((folder / name).exists() for name in known):
         raise ValueError(
             f"RUN_DIR: got {folder} without {CONFIG}, {COMPLETIONS}, {SUMMARY} or a checkpoint, "
             "expected the output folder of python -m switchkd.train"

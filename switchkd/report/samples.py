@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from switchkd.report.rollouts import Metric, Rollouts
-from switchkd.report.run import Run
+from switchkd.report.run import Run, checkpoints
 
 MOST_TOKENS = 512  # of one completion, and ...
 MOST_PROMPT = 1500  # ... characters of its prompt that are shown
@@ -78,7 +78,9 @@ def find_tokenizer(run: Run):
     from switchkd.models import load_tokenizer  # imports transformers
 
     name, gguf = run.config.get("model_name_or_path"), run.config.get("gguf_file")
-    saved = [p for p in (run.folder, *run.checkpoints()) if (p / "tokenizer_config.json").exists()]
+    saved = [
+        p for p in (run.folder, *checkpoints(run.folder)) if (p / "tokenizer_config.json").exists()
+    ]
     options = {"trust_remote_code": False, "local_files_only": True}
     for source in saved:
         with contextlib.suppress(ValueError):

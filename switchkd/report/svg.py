@@ -84,7 +84,7 @@ class Chart:
             path.append(f"{pen}{self._x(x)},{self._y(y)}")
             pen = "L"
         self.marks.append(f'<path class="line {css}" d="{"".join(path)}"/>')
-        for x, y in points if dots else ():
+        for x, y in [p for p in points if dots and not math.isnan(p[1])]:
             value = f"{100 * y:.3g} %" if self.percent else f"{number(y)} {unit}".rstrip()
             self.marks.append(
                 f'<circle class="dot {css}" cx="{self._x(x)}" cy="{self._y(y)}" r="3">'
