@@ -44,7 +44,7 @@ setup(
     ],
     package_dir={"switchkd_kernels": "kernels/switchkd_kernels", "switchkd_kernels.csrc": "csrc"},
     package_data={
-        "switchkd": ["embedded/*", "embedded/*/*"],
+        "switchkd": ["embedded/*", "embedded/*/*", "report/*.html", "report/*.css", "report/*.js"],
         "switchkd_kernels.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],
     },
     cmdclass={"build_py": BuildNative},

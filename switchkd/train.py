@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 from rich.console import Console
+from transformers.trainer import TRAINER_STATE_NAME
 
 from switchkd import metrics
 from switchkd.checkpoint import COMPLETIONS, check_checkpoint, last_checkpoint
@@ -115,6 +116,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     totals = trainer.run_state()["totals"]
     after = scores(trainer.evaluate(metric_key_prefix="after"), "after")
     trainer.save_model(config.output_dir)
+    trainer.save_state()  # the whole log: a checkpoint holds it up to its own step
     summary = summarise(trainer, totals, after, eval_rows)
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / "summary.json"
@@ -140,7 +142,7 @@ def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    for name in (COMPLETIONS, "summary.json"):
+    for name in (COMPLETIONS, "summary.json", TRAINER_STATE_NAME):
         (folder / name).unlink(missing_ok=True)
     text = yaml.safe_dump(run_settings(script, config), sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")

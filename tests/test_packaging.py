@@ -43,6 +43,7 @@ def test_the_wheel_is_pure_and_carries_both_packages_and_the_teacher(wheel):
         "switchkd/embedded/teacher/model.safetensors",
         "switchkd/embedded/data/train.jsonl",
         "switchkd/embedded/NOTICE.md",
+        "switchkd/report/page.html",
         "switchkd_kernels/csrc/ops.cpp",
         "switchkd_kernels/csrc/rowwise.h",
         "switchkd_kernels/csrc/cpu/kernels.cpp",
