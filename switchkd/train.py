@@ -1,4 +1,5 @@
-"""`python -m switchkd.train`: distil a teacher into a student.
+"""`switchkd train`, or `python -m switchkd.train`: distil a teacher into a student; `switchkd sft`:
+fine-tune the teacher beforehand, and the student for its first epochs.
 
 Without arguments: the embedded demonstration. Otherwise `--config FILE.yaml` and flags; flags win.
 """
@@ -51,7 +52,7 @@ FREE_TO_CHANGE = {
 def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
-        script, config = parse(argv)
+        script, config = parse(as_flags(sys.argv[1:] if argv is None else argv))
         console.quiet = config.process_index > 0
         return run(script, config, console)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -66,6 +67,21 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # its threads abort a process that exits
+
+
+def as_flags(argv: list[str]) -> list[str]:
+    """The command line without its subcommand: `train`, which may be left out, or `sft`."""
+    if not argv or argv[0].startswith("-"):
+        return argv
+    if argv[0] not in ("train", "sft"):
+        raise ValueError(f"got the subcommand {argv[0]!r}, expected train, sft, or options")
+    command, *flags = argv
+    if command == "train":
+        return flags
+    other = [a for a in flags if a.split("=")[0] == "--method"]
+    if other:
+        raise ValueError("got sft and --method, expected one of them: sft is --method sft")
+    return ["--method", "sft", *flags]
 
 
 def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
@@ -94,7 +110,11 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     if teacher is not None:
         sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
     rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
-    console.print(f"{sizes}; {rollouts if config.lmbda > 0 else 'no rollouts'}")
+    if config.adaptive_lmbda:
+        rollouts += ", more when validation worsens"
+    elif config.lmbda == 0:
+        rollouts = "no rollouts"
+    console.print(f"{sizes}; {rollouts}")
 
     stop = GracefulStop()
     stop.install()
