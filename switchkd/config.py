@@ -350,12 +350,13 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    """What follows a flag; None if it is not there."""
-    for argument, after in zip(argv, [*argv[1:], ""], strict=True):
+    """What follows a flag, the last time that it is there; None if it is not."""
+    found = None
+    for at, argument in enumerate(argv):
         name, sep, value = argument.partition("=")
         if name == flag:
-            return value if sep else after
-    return None
+            found = value if sep else "".join(argv[at + 1 : at + 2])
+    return found
 
 
 def _translate(argument: str) -> str:
