@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from switchkd import calibration
 from switchkd.methods import METHODS, preset, with_methods
 from switchkd.mixture import FRESH_SHARE
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
@@ -100,6 +101,10 @@ class SwitchConfig(TrainingArguments):
     switch_lambda: float = option("Decay of the threshold per token.", 0.1)
     switch_rate: float | None = option("Teacher's share: random, sequence (0.5), mix-in (0.2).")
     switch_tau_min: float = option("Floor of the threshold.", 0.0)
+    target_teacher_share: float | None = option(
+        "Choose tau0 and lambda so that the teacher writes this share of a rollout's tokens."
+    )
+    calibration_rows: int = option("Training rows that are rolled out for that choice.", 64)
     jsd_base: str = option("The JSD in bits, at most 1: 2; in nats, at most 0.693: e.", "2")
     importance_weight: bool = option(
         "Weight tokens by q over the mixture they were drawn from (mix-in only).", False
@@ -215,7 +220,12 @@ class SwitchConfig(TrainingArguments):
         need("contrastive_weight", 0 <= self.contrastive_weight <= 2, "a number in [0, 2]")
         need("jsd_base", str(self.jsd_base) in ("2", "e"), "2 or e")
         self._check_mixture(need)
-        for name in ("max_new_tokens", "max_prompt_length", "rollout_batch_size"):
+        for name in (
+            "max_new_tokens",
+            "max_prompt_length",
+            "rollout_batch_size",
+            "calibration_rows",
+        ):
             need(name, getattr(self, name) >= 1, "an integer >= 1")
         need("decoder", self.decoder in ("block", "naive"), "block or naive")
         block = self.rollout_block
@@ -230,8 +240,11 @@ class SwitchConfig(TrainingArguments):
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")
         best = (self.metric_for_best_model or "rouge_l").removeprefix("eval_")
         need("metric_for_best_model", best in metrics, f"one of {metrics}")
-        self.policy()
         self.sampling()
+        if self.target_teacher_share is not None:
+            calibration.check(self.policy(), self.target_teacher_share)
+            rolls = self.lmbda > 0 or self.adaptive_lmbda
+            need("target_teacher_share", rolls, "rollouts: lmbda > 0")
 
     def _check_mixture(self, need) -> None:
         validates = self.eval_strategy != "no" or not self.adaptive_lmbda

@@ -19,7 +19,8 @@ import yaml
 from rich.console import Console
 
 from switchkd import metrics
-from switchkd.checkpoint import COMPLETIONS, check_checkpoint, last_checkpoint
+from switchkd.calibration import calibrate_trainer, print_calibration
+from switchkd.checkpoint import COMPLETIONS, RUN_STATE, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
 from switchkd.console import GracefulStop, print_summary
 from switchkd.data import Rows, read_examples, tokenize
@@ -102,6 +103,10 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         teacher_processing_class=teacher_tokenizer,
         peft_config=peft_config(script),
     )
+    if resume is None and config.target_teacher_share is not None:
+        result = calibrate_trainer(trainer)
+        unit = "bits" if trainer.policy.base == 2 else "nats"
+        print_calibration(result, unit, console)
     if resume is None and config.process_index == 0:
         begin_output(script, config)
     for note in trainer.vocabulary.notes:
@@ -189,6 +194,8 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     else:
         checkpoint = str(wanted)
         check_checkpoint(checkpoint)
+    if config.target_teacher_share is not None:
+        adopt_threshold(config, checkpoint)
     if record.exists():
         values = run_settings(script, config)
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -200,6 +207,17 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
                 )
     config.resume_from_checkpoint = checkpoint
     return checkpoint
+
+
+def adopt_threshold(config: SwitchConfig, checkpoint: str) -> None:
+    """Go on with the threshold that the run to resume has chosen for its teacher's share."""
+    chosen = json.loads((Path(checkpoint) / RUN_STATE).read_text()).get("calibration")
+    if chosen is None:
+        raise ValueError(
+            f"target_teacher_share: got {config.target_teacher_share:g}, expected none, as in the "
+            f"run to resume ({checkpoint})"
+        )
+    config.switch_tau0, config.switch_lambda = chosen["switch_tau0"], chosen["switch_lambda"]
 
 
 def load_models(script: ScriptArguments, config: SwitchConfig):
@@ -303,6 +321,7 @@ def summarise(trainer: SwitchTrainer, totals: dict, after: dict, eval_rows: Rows
         "before": trainer.before or {},
         "after": after,
         "floors": metrics.floors(eval_rows.rows),
+        "calibration": trainer.calibration,
         "teacher_share": totals["teacher_tokens"] / tokens if tokens else None,
         "rollout_tokens": tokens,
         "tokens_per_second": tokens / totals["rollout_seconds"] if tokens else None,

@@ -22,6 +22,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from switchkd import losses, metrics, mixture
+from switchkd.calibration import calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
     append_completions,
@@ -121,7 +122,7 @@ class SwitchTrainer(Trainer):
         self.teacher = teacher_model
         if teacher_model is not None:
             self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
-        self._decoding_copy = self._engine = None
+        self._decoding_copy = self._engine = self.calibration = None
         self._history: dict[int, list[int]] = {}  # the last completion of each row
         names = ("seed", "lmbda", "adaptive_lmbda", "replay_capacity", "replay_ratio")
         options = {name: getattr(args, name) for name in names}
@@ -140,6 +141,11 @@ class SwitchTrainer(Trainer):
         limits = (args.max_prompt_length, args.max_new_tokens)
         tokenised = dataset is None or isinstance(dataset, Rows)
         return dataset if tokenised else rows_from(dataset, tokenizer, *limits)
+
+    def train(self, *args, **kwargs):
+        if self.args.target_teacher_share is not None and self.calibration is None:
+            calibrate_trainer(self)
+        return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------ one window of batches
 
@@ -369,13 +375,19 @@ class SwitchTrainer(Trainer):
     def run_state(self) -> dict:
         totals = dict(self.totals)
         totals["seconds"] += time.time() - self._clock
-        return {"totals": totals, "before": self.before, "mixture": self.mixture.state()}
+        return {
+            "totals": totals,
+            "before": self.before,
+            "mixture": self.mixture.state(),
+            "calibration": self.calibration,
+        }
 
     def load_run_state(self, checkpoint: str) -> None:
         """Continue the totals of a checkpoint, and forget completions written after it."""
         state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
         self.totals, self.before = state["totals"], state["before"]
         self.mixture.load(state["mixture"])
+        self.calibration = state["calibration"]
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
         if self.args.draft_from_history:
