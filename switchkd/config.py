@@ -240,6 +240,7 @@ class SwitchConfig(TrainingArguments):
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")
         best = (self.metric_for_best_model or "rouge_l").removeprefix("eval_")
         need("metric_for_best_model", best in metrics, f"one of {metrics}")
+        self.policy()
         self.sampling()
         if self.target_teacher_share is not None:
             calibration.check(self.policy(), self.target_teacher_share)

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from switchkd import metrics
-from switchkd.calibration import calibrate_trainer, print_calibration
+from switchkd.calibration import print_calibration
 from switchkd.checkpoint import COMPLETIONS, RUN_STATE, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
 from switchkd.console import GracefulStop, print_summary
@@ -104,9 +104,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         peft_config=peft_config(script),
     )
     if resume is None and config.target_teacher_share is not None:
-        result = calibrate_trainer(trainer)
         unit = "bits" if trainer.policy.base == 2 else "nats"
-        print_calibration(result, unit, console)
+        print_calibration(trainer.calibrate(), unit, console)
     if resume is None and config.process_index == 0:
         begin_output(script, config)
     for note in trainer.vocabulary.notes:

@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from switchkd import losses, metrics, mixture
-from switchkd.calibration import calibrate_trainer
+from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
     append_completions,
@@ -144,8 +144,12 @@ class SwitchTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         if self.args.target_teacher_share is not None and self.calibration is None:
-            calibrate_trainer(self)
+            self.calibrate()
         return super().train(*args, **kwargs)
+
+    def calibrate(self) -> Calibration:
+        """Choose the threshold for `target_teacher_share`; `train` does so if nobody has."""
+        return calibrate_trainer(self)
 
     # ------------------------------------------------------------------ one window of batches
 
