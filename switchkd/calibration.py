@@ -252,7 +252,7 @@ def print_calibration(result: Calibration, unit: str, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"threshold for a teacher's share of {result.target:.0%}: switch_tau0 "
-        f"{result.switch_tau0:.4g}, switch_lambda {result.switch_lambda:.4g}; "
-        f"reached {result.teacher_share:.1%} after {result.rollouts} trial rollouts"
+        f"for a teacher's share of {result.target:.0%}: switch_tau0 {result.switch_tau0:.4g}, "
+        f"switch_lambda {result.switch_lambda:.4g}"
     )
+    console.print(f"share reached in trial rollout {result.rollouts}: {result.teacher_share:.1%}")
