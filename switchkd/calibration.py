@@ -27,14 +27,10 @@ from switchkd.rollout import Rollout
 
 TOLERANCE = 0.02  # of the share: about the deviation between batches of some thousand tokens
 ROLLOUTS = 8  # at most
-STEEPEST = 50.0  # lambda: from the second token on the threshold is 0, or until the last but one
+STEEPEST = 50.0  # lambda: all but one end of the response has a threshold of about 0
 LOWEST = 1e-12  # tau0: the teacher writes wherever the two models are not the same
-KNOBS = {  # what each schedule is set by
-    "exponential": ("decay", "tau0"),
-    "growth": ("decay", "tau0"),
-    "linear": ("tau0",),
-    "constant": ("tau0",),
-}
+DECAYING = ("exponential", "growth")  # schedules with a lambda
+CALIBRATED = (*DECAYING, "linear", "constant")  # schedules with a threshold
 NOISE = 2**20  # the epoch whose noise the calibration draws with: none of training's
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # positions of the curve
 
@@ -101,7 +97,7 @@ def solve(measured: Divergences, policy: Switch, target: float) -> Switch:
         ends = [make(low), make(high)]
         return min(ends, key=lambda p: abs(measured.share(p) - target))
 
-    if "decay" in KNOBS[policy.schedule]:
+    if policy.schedule in DECAYING:
         flat, steep = replace(policy, decay=0.0), replace(policy, decay=STEEPEST)
         if measured.share(flat) <= target <= measured.share(steep):
             # in log lambda: a growing threshold asks for one of about 1 / max_new_tokens
@@ -201,10 +197,10 @@ def check(policy, target: float) -> None:
     if not isinstance(policy, Switch):
         name = type(policy).__name__.lower()
         raise ValueError(f"target_teacher_share: got rollout_policy {name}, expected switch")
-    if policy.schedule not in KNOBS:
+    if policy.schedule not in CALIBRATED:
         raise ValueError(
             f"target_teacher_share: got switch_schedule {policy.schedule}, whose share is "
-            f"switch_rate; expected one with a threshold: {', '.join(KNOBS)}"
+            f"switch_rate; expected one with a threshold: {', '.join(CALIBRATED)}"
         )
 
 

@@ -121,8 +121,7 @@ def distillation_loss(
     model: the student as the trainer wraps it; student: the same, unwrapped. kind: one that
     `linear_divergence_loss` knows, "cross_entropy", or "contrastive_skew": with b =
     contrastive_weight, (2 - b) * skew_kl on the tokens that batch["from_teacher"] marks and
-    b * skew_reverse_kl on the others (DistiLLM-2, arXiv 2503.07067; the token that the teacher
-    wrote is made likelier, where the student wrote the teacher's doubt pulls it down).
+    b * skew_reverse_kl on the others (DistiLLM-2, arXiv 2503.07067).
     batch["row_weights"], if there, multiplies each token's divergence.
     """
     head = head_of(student)

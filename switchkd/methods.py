@@ -129,7 +129,7 @@ METHODS = {
         note="a coin per row for rollout or data",
     ),
     "adaswitch": Method(
-        source="AdaSwitch, arXiv 2510.07842, section 3 as far as it could be read",
+        source="AdaSwitch, arXiv 2510.07842, as far as it could be read",
         rollout={"rollout_policy": "adaswitch"},
         loss={"loss_type": "kl_teacher_student"},
         data=_ROLLOUTS_ONLY,
