@@ -351,7 +351,8 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
         path = str(DEMO)
     values = {} if path is None else read_yaml(path, *classes)
     method = _value_of("--method", argv) or values.get("method")
-    parser.set_defaults(**preset(method, {*values, *(flag[2:] for flag in given)}))
+    named = {flag[2:].replace("-", "_") for flag in given}
+    parser.set_defaults(**preset(method, {*values, *named}))
     parser.set_defaults(**values)
     unknown = given - {o for action in parser._actions for o in action.option_strings}
     if unknown:

@@ -83,6 +83,8 @@ def test_what_is_given_wins_even_where_it_is_the_options_own_default(tmp_path):
     assert parse(["--config", str(path)])[1].skd_top_k == 10
     c = parse(["--config", str(path), "--top_p", "1.0", "--skd_top_k=7"])[1]
     assert (c.skd_top_k, c.top_p, c.student_temperature) == (7, 1.0, 0.5)
+    c = parse(["--config", str(path), "--rollout-policy", "student"])[1]
+    assert (c.rollout_policy, c.top_p) == ("student", 1.0)
     c = parse(["--config", str(path), "--method", "gkd"])[1]  # a flag wins over the file
     assert (c.loss_type, c.rollout_policy, c.student_temperature) == (
         "generalized_jsd", "student", None,
