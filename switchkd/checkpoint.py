@@ -80,7 +80,8 @@ def last_completions(output_dir: str | Path) -> dict[int, list[int]]:
     with path.open(encoding="utf-8") as file, contextlib.suppress(json.JSONDecodeError):
         for line in file:
             record = json.loads(line)
-            written[record["row"]] = record["tokens"]
+            if "replay_of" not in record:
+                written[record["row"]] = record["tokens"]
     return written
 
 

@@ -16,6 +16,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from switchkd import calibration
+from switchkd.methods import METHODS, preset, with_methods
+from switchkd.mixture import FRESH_SHARE
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
 from switchkd.rollout import Sampling
@@ -29,6 +32,7 @@ LOSSES = (
     "generalized_jsd",
     "tvd",
     "cross_entropy",
+    "contrastive_skew",
 )
 ALIASES = {  # other projects' names of the same thing
     "max_completion_length": "max_new_tokens",
@@ -78,6 +82,7 @@ class ScriptArguments:
     template: str = option("auto, chat, alpaca or none.", "auto")
 
 
+@with_methods
 @dataclass
 class SwitchConfig(TrainingArguments):
     """How to distil. Extends `transformers.TrainingArguments`; names as in TRL's GKDConfig.
@@ -86,19 +91,39 @@ class SwitchConfig(TrainingArguments):
     """
 
     output_dir: str | None = option("Where the run is written.", "switchkd_output")
+    method: str | None = option(
+        f"Defaults of a published method: {', '.join(METHODS)}. Options that are given win."
+    )
     # rollout: who writes
     rollout_policy: str = option(f"Who writes tokens: {', '.join(POLICIES)}.", "switch")
     switch_schedule: str = option(f"Threshold of SWITCH: {', '.join(SCHEDULES)}.", "exponential")
-    switch_tau0: float = option("Threshold at t = 0 (JSD in bits lies in [0, 1]).", 1.0)
+    switch_tau0: float = option("Threshold at t = 0, in units of the JSD.", 1.0)
     switch_lambda: float = option("Decay of the threshold per token.", 0.1)
-    switch_rate: float | None = option("Teacher's share: random (0.5) and mix-in (0.2).")
+    switch_rate: float | None = option("Teacher's share: random, sequence (0.5), mix-in (0.2).")
     switch_tau_min: float = option("Floor of the threshold.", 0.0)
+    target_teacher_share: float | None = option(
+        "Choose tau0 and lambda so that the teacher writes this share of a rollout's tokens."
+    )
+    calibration_rows: int = option("Training rows that are rolled out for that choice.", 64)
+    jsd_base: str = option("The JSD in bits, at most 1: 2; in nats, at most 0.693: e.", "2")
+    importance_weight: bool = option(
+        "Weight tokens by q over the mixture they were drawn from (mix-in only).", False
+    )
     adaswitch_k: float | None = option("AdaSwitch: hand over above K times the mean (required).")
     adaswitch_window: int | None = option("AdaSwitch: tokens in the mean, L (required).")
     adaswitch_warm_up: int | None = option("AdaSwitch: no hand-over before; default L.")
     skd_top_k: int = option("SKD: the student's token stays if in the teacher's top K.", 25)
     # rollout: how
     lmbda: float = option("Share of rows trained on a rollout; the rest on the data.", 0.5)
+    adaptive_lmbda: bool = option(
+        "Raise lmbda by 0.1 when validation cross-entropy worsens by 0.1 (DistiLLM).", False
+    )
+    replay_capacity: int = option("Earlier rollouts kept to be trained on again; 0: none.", 0)
+    replay_ratio: str = option(
+        "With replay, the share of generated rows that are fresh, over training: decreasing from "
+        "1, constant at 0.5, increasing to 1.",
+        "decreasing",
+    )
     seq_kd: bool = option("Teacher-written sequences only: rollout_policy teacher, lmbda 1.", False)
     temperature: float = option("Sampling temperature of both models, in rollouts only.", 1.0)
     teacher_temperature: float | None = option("Overrides temperature for the teacher.")
@@ -130,6 +155,9 @@ class SwitchConfig(TrainingArguments):
     skew_alpha: float = option("Skew of skew_kl and skew_reverse_kl, in [0, 1).", 0.1)
     beta: float | None = option("Weight of the teacher in generalized_jsd (default 0.5).")
     detach_mixture: bool = option("No gradient through the skew mixture (DistiLLM-2).", False)
+    contrastive_weight: float = option(
+        "contrastive_skew: b on the student's tokens, 2 - b on the teacher's.", 1.0
+    )
     lm_file: str | None = option("Text file for an extra language-model loss.")
     lm_coef: float = option("Weight of that loss.", 1.0)
     disable_dropout: bool = option("Switch dropout off in the student.", True)
@@ -183,11 +211,21 @@ class SwitchConfig(TrainingArguments):
         need("rollout_policy", self.rollout_policy in POLICIES, f"one of {POLICIES}")
         need("loss_type", self.loss_type in LOSSES, f"one of {LOSSES}")
         need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")
+        sft = self.method == "sft" and self.needs_teacher
+        need("method", not sft, f"loss_type cross_entropy without a teacher, not {self.loss_type}")
         need("skew_alpha", 0 <= self.skew_alpha < 1, "a number in [0, 1)")
         jsd = self.loss_type == "generalized_jsd"
         need("beta", self.beta is None or jsd, "no beta unless loss_type is generalized_jsd")
         need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
-        for name in ("max_new_tokens", "max_prompt_length", "rollout_batch_size"):
+        need("contrastive_weight", 0 <= self.contrastive_weight <= 2, "a number in [0, 2]")
+        need("jsd_base", str(self.jsd_base) in ("2", "e"), "2 or e")
+        self._check_mixture(need)
+        for name in (
+            "max_new_tokens",
+            "max_prompt_length",
+            "rollout_batch_size",
+            "calibration_rows",
+        ):
             need(name, getattr(self, name) >= 1, "an integer >= 1")
         need("decoder", self.decoder in ("block", "naive"), "block or naive")
         block = self.rollout_block
@@ -204,10 +242,28 @@ class SwitchConfig(TrainingArguments):
         need("metric_for_best_model", best in metrics, f"one of {metrics}")
         self.policy()
         self.sampling()
+        if self.target_teacher_share is not None:
+            calibration.check(self.policy(), self.target_teacher_share)
+            rolls = self.lmbda > 0 or self.adaptive_lmbda
+            need("target_teacher_share", rolls, "rollouts: lmbda > 0")
+
+    def _check_mixture(self, need) -> None:
+        validates = self.eval_strategy != "no" or not self.adaptive_lmbda
+        need("adaptive_lmbda", validates, "an eval_strategy: it follows the validation loss")
+        need("replay_capacity", self.replay_capacity >= 0, "an integer >= 0")
+        need("replay_ratio", self.replay_ratio in FRESH_SHARE, f"one of {tuple(FRESH_SHARE)}")
+        mixed = (self.rollout_policy, self.switch_schedule) == ("switch", "mix-in")
+        plain = not self.importance_weight or (mixed and self.sampling() == Sampling(self.seed))
+        need(
+            "importance_weight", plain, "switch_schedule mix-in, temperature 1 and no top_k, top_p"
+        )
+        fresh = self.replay_capacity == 0 or not self.importance_weight
+        need("importance_weight", fresh, "no replay: the weight is that of the student who wrote")
 
     @property
     def needs_teacher(self) -> bool:
-        return self.loss_type != "cross_entropy" or (self.lmbda > 0 and self.policy().needs_teacher)
+        rollouts = self.lmbda > 0 or self.adaptive_lmbda
+        return self.loss_type != "cross_entropy" or (rollouts and self.policy().needs_teacher)
 
     def decoding_dtype(self) -> torch.dtype | None:
         """Type of the student's copy that writes rollouts; None: no copy."""
@@ -226,6 +282,7 @@ class SwitchConfig(TrainingArguments):
                 rate=rate if self.switch_rate is None else self.switch_rate,
                 tau_min=self.switch_tau_min,
                 max_new_tokens=self.max_new_tokens,
+                base=2 if str(self.jsd_base) == "2" else self.jsd_base,
             )
         if self.rollout_policy == "adaswitch":
             return AdaSwitch(
@@ -289,14 +346,14 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
     parser = HfArgumentParser(classes, prog="python -m switchkd.train", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options; flags win.")
     given = {a.split("=")[0] for a in argv if a.startswith("--")}
-    path = None
-    if "--config" in given:
-        at = next(i for i, a in enumerate(argv) if a.split("=")[0] == "--config")
-        path = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
-    elif not given & {"--model_name_or_path", "--dataset_name"}:
+    path = _value_of("--config", argv)
+    if path is None and not given & {"--model_name_or_path", "--dataset_name"}:
         path = str(DEMO)
-    if path is not None:
-        parser.set_defaults(**read_yaml(path, *classes))
+    values = {} if path is None else read_yaml(path, *classes)
+    method = _value_of("--method", argv) or values.get("method")
+    named = {flag[2:].replace("-", "_") for flag in given}
+    parser.set_defaults(**preset(method, {*values, *named}))
+    parser.set_defaults(**values)
     unknown = given - {o for action in parser._actions for o in action.option_strings}
     if unknown:
         flag = sorted(unknown)[0]
@@ -305,6 +362,16 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
         raise ValueError(f"got the unknown option {flag}{hint}")
     script, config, _ = parser.parse_args_into_dataclasses(argv)
     return script, config
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """What follows a flag, the last time that it is there; None if it is not."""
+    found = None
+    for at, argument in enumerate(argv):
+        name, sep, value = argument.partition("=")
+        if name == flag:
+            found = value if sep else "".join(argv[at + 1 : at + 2])
+    return found
 
 
 def _translate(argument: str) -> str:

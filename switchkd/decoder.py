@@ -135,7 +135,8 @@ class _Decoder:
             chosen = switch_select(
                 logits["teacher"].flatten(0, 1), logits["student"].flatten(0, 1),
                 threshold if isinstance(threshold, float) else threshold.reshape(-1),
-                metric=policy.metric, seed=sampling.seed, vocab_size=self.vocab_size,
+                metric=policy.metric, base=policy.base, seed=sampling.seed,
+                vocab_size=self.vocab_size,
                 teacher_temperature=sampling.teacher_temperature,
                 student_temperature=sampling.student_temperature, **keys,
                 **{f"{role}_token": x if x is None else x.reshape(-1)

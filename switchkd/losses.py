@@ -22,11 +22,14 @@ def collate(
     completions: Sequence[list[int]],
     pad: int,
     hidden: Sequence[Tensor | None] | None = None,
+    **columns: Sequence[Tensor],
 ) -> dict:
     """Right-padded batch: input_ids, attention_mask, and completion_mask (1 on response tokens).
 
     hidden: of each row the teacher's states (tokens, H) that predicted its completion, where a
     rollout has kept them; then also known_rows (rows,) bool, and known_hidden, those states joined.
+    columns: of each row a tensor (tokens,), a value for each response token; joined to (N,) under
+    the same name. `distillation_loss` knows from_teacher (bool) and row_weights (float).
     """
     joined = [p + c for p, c in zip(prompts, completions, strict=True)]
     width = max(map(len, joined))
@@ -42,7 +45,7 @@ def collate(
     if kept:
         batch["known_rows"] = torch.tensor([states is not None for states in hidden])
         batch["known_hidden"] = torch.cat(kept)
-    return batch
+    return batch | {name: torch.cat(list(values)) for name, values in columns.items()}
 
 
 def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor:
@@ -110,11 +113,16 @@ def distillation_loss(
     alpha: float = 0.1,
     beta: float = 0.5,
     detach_mixture: bool = False,
+    contrastive_weight: float = 1.0,
     reduction: str = "sum",
 ) -> Tensor:
     """Divergence (or cross-entropy) of a batch over its response tokens, in nats.
 
-    model: the student as the trainer wraps it; student: the same, unwrapped.
+    model: the student as the trainer wraps it; student: the same, unwrapped. kind: one that
+    `linear_divergence_loss` knows, "cross_entropy", or "contrastive_skew": with b =
+    contrastive_weight, (2 - b) * skew_kl on the tokens that batch["from_teacher"] marks and
+    b * skew_reverse_kl on the others (DistiLLM-2, arXiv 2503.07067).
+    batch["row_weights"], if there, multiplies each token's divergence.
     """
     head = head_of(student)
     hidden = response_hidden(model, decoder_of(student), batch)
@@ -124,6 +132,7 @@ def distillation_loss(
         softcap=head.softcap,
         vocab_size=vocab_size,
         reduction=reduction,
+        row_weights=batch.get("row_weights"),
     )
     if kind == "cross_entropy":
         return linear_divergence_loss(
@@ -135,15 +144,25 @@ def distillation_loss(
             f"teacher and student scale their logits differently: got {teacher_head.logit_scale}, "
             f"{teacher_head.softcap} and {head.logit_scale}, {head.softcap}; expected equal ones"
         )
-    return linear_divergence_loss(
-        teacher_hidden(teacher, batch),
-        teacher_head.weight,
-        hidden,
-        head.weight,
-        kind=kind,
-        alpha=alpha,
-        beta=beta,
-        detach_mixture=detach_mixture,
-        teacher_bias=teacher_head.bias,
-        **options,
-    )
+    states = teacher_hidden(teacher, batch)
+
+    def divergence(kind: str, mask: Tensor | None = None, detach: bool = False) -> Tensor:
+        return linear_divergence_loss(
+            states,
+            teacher_head.weight,
+            hidden,
+            head.weight,
+            kind=kind,
+            alpha=alpha,
+            beta=beta,
+            detach_mixture=detach,
+            mask=mask,
+            teacher_bias=teacher_head.bias,
+            **options,
+        )
+
+    if kind == "contrastive_skew":
+        written, b = batch["from_teacher"], contrastive_weight
+        student_part = divergence("skew_reverse_kl", ~written, detach_mixture)
+        return (2 - b) * divergence("skew_kl", written) + b * student_part
+    return divergence(kind, detach=detach_mixture)

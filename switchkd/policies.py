@@ -20,7 +20,7 @@ import torch
 from switchkd_kernels.reference import STREAM_COIN, uniform
 from torch import Tensor
 
-SCHEDULES = ("exponential", "linear", "constant", "growth", "random", "mix-in")
+SCHEDULES = ("exponential", "linear", "constant", "growth", "random", "mix-in", "sequence")
 
 
 def _require(ok: bool, name: str, got, expected: str) -> None:
@@ -32,14 +32,16 @@ def _require(ok: bool, name: str, got, expected: str) -> None:
 class Policy:
     """The student writes every token; the base of the others.
 
-    `metric` is what `switch_select` measures. `start` makes the state of a batch, `threshold`
-    returns tau for the tokens at `positions`, and `observe` is told the divergences that were
-    measured there, for all rows or those of a mask. A stateless policy leaves `state` as None.
+    `metric` is what `switch_select` measures, the JSD in units of `base` (2 or "e"). `start` makes
+    the state of a batch, `threshold` returns tau for the tokens at `positions`, and `observe` is
+    told the divergences that were measured there, for all rows or those of a mask. A stateless
+    policy leaves `state` as None.
     `settled` tells the rows that the teacher writes from here on, whatever the student thinks:
     nothing is compared there, and divergence and student_logprob of their records are NaN.
     """
 
     metric = "jsd"
+    base = 2
     needs_teacher = True
 
     def start(self, rows: int, device: torch.device):
@@ -84,6 +86,9 @@ class Switch(Policy):
         random       teacher with probability `rate`
         mix-in       token from rate * p + (1 - rate) * q, which is `random` by another name: a draw
                      from a mixture is a coin, then a draw from one side (MiniLLM's rate is 0.2)
+        sequence     teacher for the whole response with probability `rate`: the two kinds of
+                     responses of DistiLLM-2 (arXiv 2503.07067), drawn apart
+    base: of the JSD's logarithm; 2: bits, at most 1; "e": nats, at most 0.693 (as SSD).
     """
 
     schedule: str = "exponential"
@@ -92,6 +97,7 @@ class Switch(Policy):
     rate: float = 0.5
     tau_min: float = 0.0
     max_new_tokens: int = 256
+    base: int | str = 2
 
     def __post_init__(self):
         _require(self.schedule in SCHEDULES, "switch_schedule", self.schedule, str(SCHEDULES))
@@ -100,11 +106,13 @@ class Switch(Policy):
         _require(0 <= self.rate <= 1, "switch_rate", self.rate, "a probability in [0, 1]")
         _require(self.tau_min >= 0, "switch_tau_min", self.tau_min, "a number >= 0")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.base in (2, "e"), "jsd_base", self.base, "2 or e")
 
     def threshold(self, state, seed, sequence_ids, positions):
         t, T = positions.double(), float(self.max_new_tokens)
-        if self.schedule in ("random", "mix-in"):
-            coin = uniform(seed, sequence_ids, positions, STREAM_COIN)
+        if self.schedule in ("random", "mix-in", "sequence"):
+            at = torch.zeros_like(positions) if self.schedule == "sequence" else positions
+            coin = uniform(seed, sequence_ids, at, STREAM_COIN)
             return torch.where(coin < self.rate, -math.inf, math.inf).double()
         if self.schedule == "exponential":  # in log space, so that a late tau keeps its digits
             tau = torch.exp(math.log(self.tau0) - self.decay * t)

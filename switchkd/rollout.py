@@ -59,7 +59,7 @@ class Rollout:
 
     tokens (B, T) int64, `pad` after each row's end; lengths (B,) int64, EOS counted;
     from_teacher (B, T) bool; divergence, threshold, teacher_logprob, student_logprob (B, T) float,
-    NaN after a row's end (divergence in bits for JSD, nats for KL, a rank for SKD;
+    NaN after a row's end (divergence of JSD in the policy's base, KL in nats, a rank for SKD;
     log-probabilities in nats at temperature 1). Without a teacher, its columns are NaN, and where
     the teacher writes in any case (`Policy.settled`) divergence and student_logprob are.
     teacher_hidden (sum of lengths, H), if asked for: the teacher's last hidden state that predicted
@@ -291,6 +291,7 @@ def _select(logits, policy, state, sampling, ids, positions, vocab_size):
             student_logits,
             tau,
             metric=policy.metric,
+            base=policy.base,
             teacher_temperature=sampling.teacher_temperature,
             student_temperature=sampling.student_temperature,
             teacher_token=teacher_token,

@@ -1,4 +1,5 @@
-"""`python -m switchkd.train`: distil a teacher into a student.
+"""`switchkd train`, or `python -m switchkd.train`: distil a teacher into a student; `switchkd sft`:
+fine-tune the teacher beforehand, and the student for its first epochs.
 
 Without arguments: the embedded demonstration. Otherwise `--config FILE.yaml` and flags; flags win.
 """
@@ -19,7 +20,8 @@ from rich.console import Console
 from transformers.trainer import TRAINER_STATE_NAME
 
 from switchkd import metrics
-from switchkd.checkpoint import COMPLETIONS, check_checkpoint, last_checkpoint
+from switchkd.calibration import print_calibration
+from switchkd.checkpoint import COMPLETIONS, RUN_STATE, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
 from switchkd.console import GracefulStop, print_summary
 from switchkd.data import Rows, read_examples, tokenize
@@ -52,7 +54,7 @@ FREE_TO_CHANGE = {
 def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
-        script, config = parse(argv)
+        script, config = parse(as_flags(sys.argv[1:] if argv is None else argv))
         console.quiet = config.process_index > 0
         return run(script, config, console)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -67,6 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # its threads abort a process that exits
+
+
+def as_flags(argv: list[str]) -> list[str]:
+    """The command line without its subcommand: `train`, which may be left out, or `sft`."""
+    if not argv or argv[0].startswith("-"):
+        return argv
+    if argv[0] not in ("train", "sft"):
+        raise ValueError(f"got the subcommand {argv[0]!r}, expected train, sft, or options")
+    command, *flags = argv
+    if command == "train":
+        return flags
+    other = [a for a in flags if a.split("=")[0] == "--method"]
+    if other:
+        raise ValueError("got sft and --method, expected one of them: sft is --method sft")
+    return ["--method", "sft", *flags]
 
 
 def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
@@ -87,6 +104,9 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         teacher_processing_class=teacher_tokenizer,
         peft_config=peft_config(script),
     )
+    if resume is None and config.target_teacher_share is not None:
+        unit = "bits" if trainer.policy.base == 2 else "nats"
+        print_calibration(trainer.calibrate(), unit, console)
     if resume is None and config.process_index == 0:
         begin_output(script, config)
     for note in trainer.vocabulary.notes:
@@ -95,7 +115,11 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     if teacher is not None:
         sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
     rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
-    console.print(f"{sizes}; {rollouts if config.lmbda > 0 else 'no rollouts'}")
+    if config.adaptive_lmbda:
+        rollouts += ", more when validation worsens"
+    elif config.lmbda == 0:
+        rollouts = "no rollouts"
+    console.print(f"{sizes}; {rollouts}")
 
     stop = GracefulStop()
     stop.install()
@@ -171,6 +195,8 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     else:
         checkpoint = str(wanted)
         check_checkpoint(checkpoint)
+    if config.target_teacher_share is not None:
+        adopt_threshold(config, checkpoint)
     if record.exists():
         values = run_settings(script, config)
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -182,6 +208,17 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
                 )
     config.resume_from_checkpoint = checkpoint
     return checkpoint
+
+
+def adopt_threshold(config: SwitchConfig, checkpoint: str) -> None:
+    """Go on with the threshold that the run to resume has chosen for its teacher's share."""
+    chosen = json.loads((Path(checkpoint) / RUN_STATE).read_text()).get("calibration")
+    if chosen is None:
+        raise ValueError(
+            f"target_teacher_share: got {config.target_teacher_share:g}, expected none, as in the "
+            f"run to resume ({checkpoint})"
+        )
+    config.switch_tau0, config.switch_lambda = chosen["switch_tau0"], chosen["switch_lambda"]
 
 
 def load_models(script: ScriptArguments, config: SwitchConfig):
@@ -285,6 +322,7 @@ def summarise(trainer: SwitchTrainer, totals: dict, after: dict, eval_rows: Rows
         "before": trainer.before or {},
         "after": after,
         "floors": metrics.floors(eval_rows.rows),
+        "calibration": trainer.calibration,
         "teacher_share": totals["teacher_tokens"] / tokens if tokens else None,
         "rollout_tokens": tokens,
         "tokens_per_second": tokens / totals["rollout_seconds"] if tokens else None,

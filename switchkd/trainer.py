@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
-from switchkd_kernels.reference import STREAM_MIX, STREAM_TEXT
+from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd import losses, metrics
+from switchkd import losses, metrics, mixture
+from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
     append_completions,
@@ -121,8 +122,14 @@ class SwitchTrainer(Trainer):
         self.teacher = teacher_model
         if teacher_model is not None:
             self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
-        self._decoding_copy = self._engine = None
+        self._decoding_copy = self._engine = self.calibration = None
         self._history: dict[int, list[int]] = {}  # the last completion of each row
+        names = ("seed", "lmbda", "adaptive_lmbda", "replay_capacity", "replay_ratio")
+        options = {name: getattr(args, name) for name in names}
+        self.mixture = mixture.Mixture(self.train_dataset, **options)
+        wanted = {"from_teacher": args.loss_type == "contrastive_skew",
+                  "row_weights": args.importance_weight}  # fmt: skip
+        self._columns = [name for name, on in wanted.items() if on]  # per token, for the loss
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._last_sample = None
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
@@ -135,14 +142,19 @@ class SwitchTrainer(Trainer):
         tokenised = dataset is None or isinstance(dataset, Rows)
         return dataset if tokenised else rows_from(dataset, tokenizer, *limits)
 
+    def train(self, *args, **kwargs):
+        if self.args.target_teacher_share is not None and self.calibration is None:
+            self.calibrate()
+        return super().train(*args, **kwargs)
+
+    def calibrate(self) -> Calibration:
+        """Choose the threshold for `target_teacher_share`; `train` does so if nobody has."""
+        return calibrate_trainer(self)
+
     # ------------------------------------------------------------------ one window of batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, the rollouts of all of them decoded at once.
-
-        Rows are dealt to micro-batches by length: the window's gradient is one sum over its tokens,
-        so who sits with whom changes nothing but the padding.
-        """
+        """All micro-batches of one optimizer step, the rollouts of all of them decoded at once."""
         sizes, rows = [], []
         for _ in range(num_batches):
             try:
@@ -152,58 +164,39 @@ class SwitchTrainer(Trainer):
             rows += [self.train_dataset.rows[i] for i in batch]
             sizes.append(len(batch))
         epoch = int(self.state.epoch or 0)
-        completions = [row.completion_ids for row in rows]
-        chosen = [i for i, use in enumerate(self.choose_generated(rows, epoch)) if use]
-        picked = [rows[i] for i in chosen]
-        rollout = self.roll_out(picked, epoch) if chosen else None
-        hidden: list[Tensor | None] = [None] * len(rows)
-        if rollout is not None:
-            written = zip(chosen, rollout.completions(), rollout.hidden(), strict=True)
-            for i, tokens, states in written:
-                completions[i], hidden[i] = tokens, states
-                if self.args.draft_from_history:
-                    self._history[rows[i].id] = tokens
-            i = chosen[0]
-            if hidden[i] is not None and self.state.global_step % self.state.logging_steps == 0:
-                self._logs["rollout/hidden_difference"].append(
-                    losses.kept_difference(self.teacher, rows[i], completions[i], hidden[i])
-                )
-        self._record(rollout, picked)
-        order = sorted(
-            range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
-        )
-        batches = []
-        for size in sizes:
-            part, order = order[:size], order[size:]
-            inputs = losses.collate(
-                [rows[i].prompt_ids for i in part],
-                [completions[i] for i in part],
-                self.vocabulary.pad_token_id,
-                [hidden[i] for i in part],
-            )
-            inputs["row_ids"] = torch.tensor([rows[i].id for i in part])
-            if self._lm_blocks is not None:
-                inputs["lm_ids"] = self._choose_blocks([rows[i] for i in part], epoch)
-            batches.append(inputs)
-        counts = torch.tensor([sum(map(len, completions)), len(rows)], device=device)
+        texts = self._write(rows, epoch)
+        batches = mixture.deal(texts, sizes, self.vocabulary.pad_token_id, self._columns)
+        if self._lm_blocks is not None:
+            for batch in batches:
+                batch["lm_ids"] = self._choose_blocks(batch["row_ids"], epoch)
+        counts = [sum(len(text.tokens) for text in texts), len(texts)]
+        counts = torch.tensor(counts, device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
 
-    def choose_generated(self, rows: list[Row], epoch: int) -> list[bool]:
-        """Which rows are trained on a rollout: a coin of weight `lmbda` per row and epoch."""
-        if not rows:
-            return []
-        coin = uniform(
-            self.args.seed,
-            torch.tensor([row.id for row in rows]),
-            torch.full((len(rows),), epoch),
-            STREAM_MIX,
-        )
-        return [
-            bool(c < self.args.lmbda) or not row.completion_ids
-            for c, row in zip(coin.tolist(), rows, strict=True)
-        ]
+    def _write(self, rows: list[Row], epoch: int) -> list[mixture.Text]:
+        """The texts of a window: from the data, from the replay buffer, or written now."""
+        step, args = self.state.global_step, self.args
+        texts = self.mixture.draw(rows, epoch, step / max(self.state.max_steps, 1))
+        fresh = [text for text in texts if text.source == "rollout"]
+        rollout = self.roll_out([text.row for text in fresh], epoch) if fresh else None
+        if rollout is not None:
+            rate = self.policy.rate if args.importance_weight else None
+            mixture.write(fresh, rollout, step + 1, rate)
+            if args.draft_from_history:
+                self._history.update((text.row.id, text.tokens) for text in fresh)
+            first = fresh[0]
+            if first.hidden is not None and step % self.state.logging_steps == 0:
+                self._logs["rollout/hidden_difference"].append(
+                    losses.kept_difference(self.teacher, first.row, first.tokens, first.hidden)
+                )
+        self.mixture.keep(texts, self._gather)
+        self._record(rollout, texts)
+        return texts
+
+    def _gather(self, objects: list) -> list:
+        return gather_object(objects) if self.args.world_size > 1 else objects
 
     def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
         """Completions of `rows` by the current student and the teacher, in the order given."""
@@ -256,9 +249,8 @@ class SwitchTrainer(Trainer):
         self._decoding_copy = decoding_copy(student, dtype, self._decoding_copy)
         return self._decoding_copy
 
-    def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
-        """One block of the extra text per row, by (row, epoch): independent of batching."""
-        ids = torch.tensor([row.id for row in rows])
+    def _choose_blocks(self, ids: Tensor, epoch: int) -> Tensor:
+        """One block of the extra text per row id, by (row, epoch): independent of batching."""
         at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_TEXT)
         return self._lm_blocks[(at * len(self._lm_blocks)).long()]
 
@@ -274,6 +266,7 @@ class SwitchTrainer(Trainer):
                 self.teacher, model, student, inputs, vocab_size=self.vocabulary.size,
                 kind=args.loss_type, alpha=args.skew_alpha, detach_mixture=args.detach_mixture,
                 beta=0.5 if args.beta is None else args.beta,
+                contrastive_weight=args.contrastive_weight,
             )  # fmt: skip
         except InvalidLogits as error:
             where = torch.repeat_interleave(row_ids, inputs["completion_mask"].sum(1))
@@ -300,22 +293,21 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------ records and logs
 
-    def _record(self, rollout: Rollout | None, rows: list[Row]) -> None:
+    def _record(self, rollout: Rollout | None, texts: list[mixture.Text]) -> None:
         """Totals, log values, completions.jsonl; None where no row of this rank was rolled out."""
-        records = []
         if rollout is not None:
             self.totals["tokens"] += int(rollout.lengths.sum())
             self.totals["teacher_tokens"] += rollout.teacher_tokens()
             self.totals["rollout_seconds"] += rollout.seconds
             for name, value in metrics.describe(rollout, self.vocabulary.eos_token_ids).items():
                 self._logs[name].append(value)
-            step, decode = self.state.global_step + 1, self.processing_class.decode
-            for i, (row, tokens) in enumerate(zip(rows, rollout.completions(), strict=True)):
-                texts = {"prompt": decode(row.prompt_ids), "completion": decode(tokens)}
-                records.append({"step": step, "row": row.id, **texts, **rollout.record(i)})
-            self._last_sample = records[0]
+        for name, value in self.mixture.describe(texts).items():
+            self._logs[name].append(value)
+        decode = self.processing_class.decode
+        records = mixture.records(texts, rollout, self.state.global_step + 1, decode)
+        self._last_sample = next((r for r in records if "replay_of" not in r), self._last_sample)
         if self.args.save_completions:
-            records = gather_object(records) if self.args.world_size > 1 else records
+            records = self._gather(records)
             if self.is_world_process_zero():
                 append_completions(self.args.output_dir, records)
 
@@ -352,6 +344,8 @@ class SwitchTrainer(Trainer):
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums[None]).sum(0)
         values = metrics.means(sums)
+        if metric_key_prefix in ("before", "eval") and eval_dataset is None:
+            self.mixture.validated(values["cross_entropy"], self.state.global_step)
         result = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         result[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(result))
@@ -385,12 +379,19 @@ class SwitchTrainer(Trainer):
     def run_state(self) -> dict:
         totals = dict(self.totals)
         totals["seconds"] += time.time() - self._clock
-        return {"totals": totals, "before": self.before}
+        return {
+            "totals": totals,
+            "before": self.before,
+            "mixture": self.mixture.state(),
+            "calibration": self.calibration,
+        }
 
     def load_run_state(self, checkpoint: str) -> None:
         """Continue the totals of a checkpoint, and forget completions written after it."""
         state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
         self.totals, self.before = state["totals"], state["before"]
+        self.mixture.load(state["mixture"])
+        self.calibration = state["calibration"]
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
         if self.args.draft_from_history:

@@ -25,6 +25,7 @@ POLICIES = [
     Switch(schedule="constant", tau0=0.3, max_new_tokens=T),
     Switch(schedule="random", max_new_tokens=T),
     Switch(schedule="mix-in", rate=0.2, max_new_tokens=T),
+    Switch(schedule="sequence", max_new_tokens=T, base="e"),
     AdaSwitch(K=1.2, L=3),
     SKD(top_k=3),
 ]

@@ -90,6 +90,48 @@ def test_every_kind(kind):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_row_weights_multiply_each_rows_loss_and_gradient(impl, reduction):
+    dtype = torch.float64 if impl == "reference" else torch.float32
+    teacher, student = heads(dtype)
+    weights = torch.rand(N, dtype=dtype) * 2
+    mask, labels = torch.arange(N) % 4 > 0, torch.randint(0, V, (N,))
+    options = {"mask": mask, "labels": labels, "ce_weight": 0.3}
+    with torch.no_grad():
+        rows = chunked(teacher, student, reduction="none", **options)
+        weighted = chunked(teacher, student, reduction="none", row_weights=weights, **options)
+    torch.testing.assert_close(weighted, weights * rows)
+    options |= {"chunk_size": 4, "impl": impl}
+    got = chunked(teacher, student, reduction=reduction, row_weights=weights, **options)
+    each = [  # a row alone, by its mask
+        weights[i] * chunked(teacher, student, reduction="sum", **options | {"mask": one})
+        for i in range(N)
+        if mask[i] and (one := torch.arange(N) == i) is not None
+    ]
+    want = sum(each) / (len(each) if reduction == "mean" else 1)
+    tolerance = dict(rtol=1e-9, atol=1e-14) if impl == "reference" else dict(rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(got, want, **tolerance)
+    wanted = grads(want, student)
+    for a, b in zip(grads(got, student), wanted, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    weight_grad = torch.zeros(V, HS) if impl == "triton" else None
+    if weight_grad is not None:
+        chunked(
+            teacher, student, reduction=reduction, row_weights=weights, weight_grad=weight_grad,
+            weight_grad_scale=3.0, **options,
+        )  # fmt: skip
+        torch.testing.assert_close(weight_grad, wanted[1], **tolerance)
+
+
+def test_row_weights_of_another_shape_or_type_are_refused():
+    teacher, student = heads()
+    with pytest.raises(ValueError, match=r"row_weights must be floats of shape \(13,\), got .*12"):
+        chunked(teacher, student, row_weights=torch.ones(12))
+    with pytest.raises(ValueError, match=r"row_weights must be floats .* got torch.int64"):
+        chunked(teacher, student, row_weights=torch.ones(N, dtype=torch.int64))
+
+
 def test_gradcheck():
     teacher, student = heads()
     labels = torch.randint(0, V, (N,))

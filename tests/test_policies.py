@@ -52,6 +52,14 @@ def test_coin_schedules_toss_at_their_rate_and_repeat(schedule, rate):
     assert torch.equal(tau, thresholds(policy, positions, ids))
 
 
+def test_the_sequence_schedule_tosses_once_for_a_response():
+    policy = Switch(schedule="sequence", rate=0.3)
+    ids = [i // 5 for i in range(5 * 2000)]
+    tau = thresholds(policy, list(range(5)) * 2000, ids).view(2000, 5)
+    assert torch.equal(tau, tau[:, :1].expand(-1, 5))
+    assert (tau[:, 0] == -math.inf).double().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
 def test_student_never_and_teacher_always_yield():
     assert thresholds(Student(), [0]).item() == math.inf
     assert thresholds(Teacher(), [0]).item() == -math.inf
@@ -89,6 +97,7 @@ def test_adaswitch_floor_keeps_rounding_noise_from_handing_over():
         (lambda: Switch(tau0=0), "switch_tau0"),
         (lambda: Switch(decay=-1), "switch_lambda"),
         (lambda: Switch(rate=1.5), "switch_rate"),
+        (lambda: Switch(base=10), "jsd_base"),
         (lambda: AdaSwitch(K=None, L=4), "adaswitch_k"),
         (lambda: AdaSwitch(K=2.0, L=0), "adaswitch_window"),
         (lambda: SKD(top_k=0), "skd_top_k"),

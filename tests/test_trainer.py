@@ -119,17 +119,18 @@ def test_the_loss_is_the_mean_over_all_response_tokens(tmp_path):
 def test_rows_are_mixed_per_row_and_repeatably(tmp_path, share):
     trainer = make(tmp_path, lmbda=share, rows=ROWS * 40)
     rows = trainer.train_dataset.rows
-    chosen = trainer.choose_generated(rows, epoch=0)
-    assert abs(sum(chosen) / len(chosen) - share) < 0.1
-    assert chosen == trainer.choose_generated(rows, epoch=0)
-    assert chosen[::-1] == trainer.choose_generated(rows[::-1], epoch=0)
+    chosen = trainer.mixture.choose(rows, epoch=0)
+    assert set(chosen) <= {"data", "rollout"}
+    assert abs(chosen.count("rollout") / len(chosen) - share) < 0.1
+    assert chosen == trainer.mixture.choose(rows, epoch=0)
+    assert chosen[::-1] == trainer.mixture.choose(rows[::-1], epoch=0)
     if share == 0.5:
-        assert chosen != trainer.choose_generated(rows, epoch=1)
+        assert chosen != trainer.mixture.choose(rows, epoch=1)
 
 
 def test_rows_without_a_response_are_always_rolled_out(tmp_path):
     trainer = make(tmp_path, lmbda=0.0, rows=[{"prompt": "hi"}, {"prompt": "ho"}])
-    assert trainer.choose_generated(trainer.train_dataset.rows, 0) == [True, True]
+    assert trainer.mixture.choose(trainer.train_dataset.rows, 0) == ["rollout"] * 2
 
 
 def test_rollouts_do_not_depend_on_the_rollout_batch(tmp_path):

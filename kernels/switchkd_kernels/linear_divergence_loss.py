@@ -44,7 +44,9 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         out.add_(a @ b, alpha=scale)
 
 
-def _walk(teacher, student, biases, labels, needs, options, weight_grad, scale, rows):
+def _walk(
+    teacher, student, biases, labels, needs, options, weight_grad, scale, rows, row_weights=None
+):
     """(n,) losses and, where needed, the gradients of their sum in hidden, weight and bias.
 
     teacher and student are (hidden, weight); the teacher's are None for the cross-entropy alone.
@@ -79,12 +81,21 @@ def _walk(teacher, student, biases, labels, needs, options, weight_grad, scale, 
             loss[part], grad = plain(
                 z_t, z_s, biases, label, any(needs), options, rows[part], dtype
             )
+        rows_in = hidden[part]
         if needs[0]:
             torch.mm(grad, weight[:size], out=grad_hidden[part])
+        if row_weights is not None:  # on (n, H) on either side: never a pass over (n, V)
+            w = row_weights[part].to(dtype)
+            loss[part] *= w
+            rows_in = (rows_in * w[:, None]).to(hidden.dtype)
+            if needs[0]:
+                grad_hidden[part] *= w[:, None]
         if needs[1]:
-            _accumulate(weight_grad[:size], grad.t(), hidden[part], scale)
-        if needs[2]:
+            _accumulate(weight_grad[:size], grad.t(), rows_in, scale)
+        if needs[2] and row_weights is None:
             grad_bias[:size] += grad.sum(0, dtype=dtype)
+        elif needs[2]:
+            grad_bias[:size] += w @ grad.to(dtype)
         del z_s, z_t, grad  # before the next chunk takes as much
     return loss, grad_hidden, weight_grad, grad_bias
 
@@ -109,7 +120,7 @@ class _LinearDivergence(torch.autograd.Function):
             None if grad is None else (grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
 
 # ------------------------------------------------------------------------------- torch.compile
@@ -210,6 +221,18 @@ def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
         )
 
 
+def _check_row_weights(row_weights: Tensor | None, shape: torch.Size) -> None:
+    if row_weights is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("row_weights: not under torch.compile")
+    if row_weights.shape != shape or not row_weights.is_floating_point():
+        raise ValueError(
+            f"row_weights must be floats of shape {tuple(shape)}, got "
+            f"{row_weights.dtype} {tuple(row_weights.shape)}"
+        )
+
+
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """What autocast would multiply in; it never casts a float64 model.
 
@@ -243,6 +266,7 @@ def linear_divergence_loss(
     ce_weight: float = 0.0,
     weight_grad: Tensor | None = None,
     weight_grad_scale: float = 1.0,
+    row_weights: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -260,6 +284,8 @@ def linear_divergence_loss(
     weight_grad (Vs, Hs) in float32 takes the weight's gradient instead: weight_grad_scale times
     that of the returned loss is added to it during the call, autograd hands the weight none, and
     the scale must be what the loss will be multiplied by before backward.
+    row_weights (...) of floats multiply each row's loss, and so its gradient, with none of their
+    own (importance weights); "mean" still divides by the number of rows. Not under torch.compile.
     reduction "none" has no gradient and is refused where the student needs one. Products run in the
     dtype of the inputs, or that of autocast, everything else in float32 or float64. chunk_size
     rows are in work at once, by default as many as keep the logits of one model within 64 MiB
@@ -314,6 +340,7 @@ def linear_divergence_loss(
     if any(learns) and reduction == "none":
         raise ValueError("reduction 'none' has no gradient here: use 'sum' or 'mean', or no_grad")
     _check_weight_grad(weight_grad, student_weight)
+    _check_row_weights(row_weights, shape)
 
     if torch.compiler.is_compiling():
         total, loss, *_ = _op(
@@ -335,7 +362,9 @@ def linear_divergence_loss(
     student = (rows.take(student_hidden), student_weight)
     count = max(len(kept), 1) if reduction == "mean" else 1
     scale = 1.0 if weight_grad is None else weight_grad_scale / count
-    rest = (options, weight_grad, scale, kept)
+    if row_weights is not None:
+        row_weights = row_weights.detach().reshape(-1)[kept]
+    rest = (options, weight_grad, scale, kept, row_weights)
     if not any(learns):
         biases = (teacher_bias, student_bias)
         loss, *_ = _walk(teacher, student, biases, labels, [False] * 3, *rest)

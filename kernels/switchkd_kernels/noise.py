@@ -15,6 +15,7 @@ STREAM_REDRAW = 1  # a teacher's redraw after a look at the student's token (SKD
 STREAM_COIN = 2  # who writes, in the schedules that toss for it
 STREAM_MIX = 3  # which samples are generated and which come from the data
 STREAM_TEXT = 4  # which block of an extra text accompanies a sample
+STREAM_REPLAY = 5  # which earlier completion a sample is replaced by
 
 _MASK = 0xFFFFFFFF
 
