@@ -6,7 +6,6 @@ Names follow TRL's GKDConfig and ModelConfig where those have one.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from switchkd.distributed import check_launch
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
 from switchkd.rollout import Sampling
@@ -133,6 +133,13 @@ class SwitchConfig(TrainingArguments):
     lm_file: str | None = option("Text file for an extra language-model loss.")
     lm_coef: float = option("Weight of that loss.", 1.0)
     disable_dropout: bool = option("Switch dropout off in the student.", True)
+    # devices
+    teacher_is_base: bool = option(
+        "The teacher is the student without its adapter: one set of weights (needs a LoRA).", False
+    )
+    shard_teacher: bool = option(
+        "Keep the teacher in parts on the GPUs of a machine, whole only while it decodes.", False
+    )
     # sight
     eval_temperature: float = option("Temperature of the validation samples.", 1.0)
     log_completions: bool = option("Print a coloured sample with every log line.", True)
@@ -149,6 +156,7 @@ class SwitchConfig(TrainingArguments):
     metric_for_best_model: str | None = option("Chooses the best checkpoint.", "rouge_l")
     load_best_model_at_end: bool = option("End with the best checkpoint.", True)
     remove_unused_columns: bool | None = option("Must stay off.", False)
+    use_cache: bool = option("What the student's config says; rollouts always cache.", True)
     dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
 
     def __post_init__(self):
@@ -169,11 +177,7 @@ class SwitchConfig(TrainingArguments):
                 f"got {self.n_gpu} GPUs in one process, expected one process for each: "
                 "accelerate launch -m switchkd.train, or CUDA_VISIBLE_DEVICES"
             )
-        launched = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
-        if self.fsdp or self.deepspeed or "true" in launched:
-            raise ValueError(
-                "got FSDP or DeepSpeed, expected one process or DDP: rollouts need whole weights"
-            )
+        check_launch(self.fsdp, self.fsdp_config, self.deepspeed)
 
     def _check(self) -> None:
         def need(name: str, ok: bool, expected: str) -> None:

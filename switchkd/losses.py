@@ -14,6 +14,7 @@ from switchkd_kernels import linear_divergence_loss
 from torch import Tensor, nn
 
 from switchkd.data import Row
+from switchkd.distributed import hold
 from switchkd.models import decoder_of, head_of
 
 
@@ -85,6 +86,27 @@ def teacher_hidden(teacher: nn.Module, batch: dict) -> Tensor:
 
 
 @torch.no_grad()
+def complete_hidden(
+    teacher: nn.Module,
+    rows: Sequence[Row],
+    completions: Sequence[list[int]],
+    hidden: list[Tensor | None],
+    batch_size: int,
+) -> None:
+    """Fill in the teacher's states of those rows whose states no rollout has kept."""
+    missing = [i for i, states in enumerate(hidden) if states is None]
+    missing.sort(key=lambda i: len(rows[i].prompt_ids) + len(completions[i]))
+    for at in range(0, len(missing), batch_size):
+        part = missing[at : at + batch_size]
+        texts = [completions[i] for i in part]
+        batch = collate([rows[i].prompt_ids for i in part], texts, 0)
+        batch = {name: x.to(teacher.device) for name, x in batch.items()}
+        states = response_hidden(teacher, decoder_of(teacher), batch)
+        for i, mine in zip(part, states.split([len(text) for text in texts]), strict=True):
+            hidden[i] = mine
+
+
+@torch.no_grad()
 def kept_difference(teacher: nn.Module, row: Row, completion: list[int], kept: Tensor) -> float:
     """How far the teacher's states (tokens, H) that a rollout kept are from a fresh forward pass,
     relative to the largest of them."""
@@ -116,8 +138,9 @@ def distillation_loss(
 
     model: the student as the trainer wraps it; student: the same, unwrapped.
     """
-    head = head_of(student)
     hidden = response_hidden(model, decoder_of(student), batch)
+    hold(student.get_output_embeddings(), hidden)
+    head = head_of(student)  # after the pass, which gathers it
     options = dict(
         student_bias=head.bias,
         logit_scale=head.logit_scale,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +56,8 @@ def _load(factory, name: str, gguf_file: str | None, **kwargs):
     except Exception as error:  # the libraries below raise a dozen types; name the file for all
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
+        if HF_HUB_OFFLINE and not Path(path).exists():
+            reason = "HF_HUB_OFFLINE is set, and it is neither a folder nor in the Hub's cache"
         raise ValueError(
             f"cannot load the {kind} {name!r}"
             + (f" (GGUF file {gguf_file})" if gguf_file else "")
@@ -211,24 +213,6 @@ def check_weights(model: nn.Module, role: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
-
-
-@torch.no_grad()
-def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in;
-    or twin, an earlier copy, with the present weights.
-
-    Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
-    """
-    if twin is None:
-        twin = copy.deepcopy(model).requires_grad_(False)
-        for wrapper in ("forward", "_original_forward"):  # would still call the original model
-            twin.__dict__.pop(wrapper, None)
-        for parameter in twin.parameters():
-            parameter.data = parameter.data.to(dtype)
-    for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.copy_(current)
-    return twin
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -18,10 +18,9 @@ from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_MIX, STREAM_TEXT
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd import losses, metrics
+from switchkd import adapters, losses, metrics
 from switchkd.checkpoint import (
     RUN_STATE,
     append_completions,
@@ -35,11 +34,11 @@ from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Row, Rows, rows_from, text_blocks
 from switchkd.decoder import rollout as block_rollout
+from switchkd.distributed import ShardedTrainer, with_whole_weights
 from switchkd.engine import Engine
 from switchkd.models import (
     check_weights,
     count_parameters,
-    decoding_copy,
     disable_dropout,
     load_model,
     load_tokenizer,
@@ -48,7 +47,7 @@ from switchkd.models import (
 from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_in_batches
 
 
-class SwitchTrainer(Trainer):
+class SwitchTrainer(ShardedTrainer):
     """Distil `teacher_model` into `model` with teacher-intervened rollouts.
 
     model, teacher_model: causal language models, or their Hub ids or folders; the teacher may be
@@ -82,6 +81,8 @@ class SwitchTrainer(Trainer):
         if isinstance(teacher_model, str):
             teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model)
             teacher_model = load_model(teacher_model)
+        if args.teacher_is_base:
+            teacher_model = adapters.share_base(model, teacher_model, peft_config)
         if processing_class is None:
             raise ValueError("processing_class: got None, expected the tokenizer of both models")
         if teacher_model is None and args.needs_teacher:
@@ -97,12 +98,10 @@ class SwitchTrainer(Trainer):
                 check_weights(checked, role)
                 limit = [[0] * args.max_prompt_length]
                 check_lengths(checked, limit, args.max_new_tokens)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+        if peft_config is not None:
+            model = adapters.add(model, peft_config)
         self.policy, self.sampling = args.policy(), args.sampling()
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
@@ -118,10 +117,7 @@ class SwitchTrainer(Trainer):
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # by the global number of response tokens
-        self.teacher = teacher_model
-        if teacher_model is not None:
-            self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
-        self._decoding_copy = self._engine = None
+        self.teacher = self.place(teacher_model, model)
         self._history: dict[int, list[int]] = {}  # the last completion of each row
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._last_sample = None
@@ -137,6 +133,7 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------ one window of batches
 
+    @with_whole_weights
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, the rollouts of all of them decoded at once.
 
@@ -169,6 +166,9 @@ class SwitchTrainer(Trainer):
                     losses.kept_difference(self.teacher, rows[i], completions[i], hidden[i])
                 )
         self._record(rollout, picked)
+        if self.teacher_shards is not None and self.args.loss_type != "cross_entropy":
+            size = self.args.per_device_train_batch_size  # the loss has no whole teacher
+            losses.complete_hidden(self.teacher, rows, completions, hidden, size)
         order = sorted(
             range(len(rows)), key=lambda i: (len(rows[i].prompt_ids) + len(completions[i]), i)
         )
@@ -244,18 +244,6 @@ class SwitchTrainer(Trainer):
         off = self.args.disable_tqdm or not self.is_world_process_zero()
         return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
 
-    def _student_for_decoding(self):
-        """The student itself, or its copy in `rollout_dtype`, refreshed.
-
-        Decoding float32 weights under autocast would cast every weight again for every token.
-        """
-        student = self.accelerator.unwrap_model(self.model)
-        dtype = self.args.decoding_dtype()
-        if dtype is None or dtype == next(student.parameters()).dtype:
-            return student
-        self._decoding_copy = decoding_copy(student, dtype, self._decoding_copy)
-        return self._decoding_copy
-
     def _choose_blocks(self, rows: list[Row], epoch: int) -> Tensor:
         """One block of the extra text per row, by (row, epoch): independent of batching."""
         ids = torch.tensor([row.id for row in rows])
@@ -329,17 +317,19 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------ validation
 
+    @with_whole_weights
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row."""
         rows = (eval_dataset or self.eval_dataset).rows
         mine = rows[self.args.process_index :: self.args.world_size]
-        start = time.perf_counter()
+        start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
         with bar, self.accelerator.autocast():  # as in training, before it, too
             sums = metrics.validate(
                 self.teacher,
-                self.accelerator.unwrap_model(self.model),
-                self._student_for_decoding(),
+                # With FSDP, a pass of the student would have to be made by all ranks together.
+                decoding if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model),
+                decoding,
                 mine,
                 self.processing_class,
                 self.vocabulary,
