@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
+from transformers import set_seed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,11 +41,12 @@ def share_base(student: nn.Module, teacher: nn.Module | None, peft_config) -> nn
     return copy.deepcopy(student, tensors)
 
 
-def add(model: nn.Module, peft_config) -> nn.Module:
-    """`model` with an adapter to train.
+def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
+    """`model` with an adapter to train, drawn from `seed`: the same in each process.
 
     Raises ValueError for an adapter on the output head: the loss multiplies by its weights.
     """
+    set_seed(seed)
     model = _peft().get_peft_model(model, peft_config)
     head = model.get_output_embeddings()
     if isinstance(head, _peft().tuners.tuners_utils.BaseTunerLayer):

@@ -198,6 +198,12 @@ class ShardedTrainer(Trainer):
         """The teacher, frozen, where it decodes; a student that will be in parts gets a copy."""
         device, args = self.args.device, self.args
         if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.activation_checkpointing and hasattr(student, "peft_config"):
+                raise ValueError(
+                    "fsdp_activation_checkpointing: got true with an adapter, which peft would not "
+                    "find in the wrapped layers when it saves; expected --gradient_checkpointing"
+                )
             dtype = args.decoding_dtype() or next(student.parameters()).dtype
             self._decoding_copy = decoding_copy(student, dtype).to(device)
         if teacher is None:

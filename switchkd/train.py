@@ -45,6 +45,10 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "rollout_batch_size",
     "eval_temperature",
+    # Together with the number of processes they make the rows of a step, which must stay:
+    # `SwitchTrainer.load_run_state`.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
 
 
@@ -91,7 +95,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     for note in trainer.vocabulary.notes:
         console.print(f"note: {note}", markup=False)
     sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
-    if teacher is not None:
+    if trainer.teacher is not None:
+        teacher = trainer.teacher
         sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
     rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
     console.print(f"{sizes}; {rollouts if config.lmbda > 0 else 'no rollouts'}")
@@ -199,7 +204,8 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     )
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
-    if not config.needs_teacher and script.teacher_model_name_or_path is None:
+    alone = config.teacher_is_base or not config.needs_teacher
+    if alone and script.teacher_model_name_or_path is None:
         return tokenizer, student, None, None
     if script.teacher_model_name_or_path is None:
         raise ValueError(

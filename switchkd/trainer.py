@@ -101,7 +101,7 @@ class SwitchTrainer(ShardedTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         if peft_config is not None:
-            model = adapters.add(model, peft_config)
+            model = adapters.add(model, peft_config, args.seed)
         self.policy, self.sampling = args.policy(), args.sampling()
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
@@ -375,11 +375,21 @@ class SwitchTrainer(ShardedTrainer):
     def run_state(self) -> dict:
         totals = dict(self.totals)
         totals["seconds"] += time.time() - self._clock
-        return {"totals": totals, "before": self.before}
+        return {"totals": totals, "before": self.before, "rows_per_step": self.rows_per_step()}
+
+    def rows_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def load_run_state(self, checkpoint: str) -> None:
         """Continue the totals of a checkpoint, and forget completions written after it."""
         state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
+        rows, before = self.rows_per_step(), state.get("rows_per_step")
+        if before not in (None, rows):
+            raise ValueError(
+                f"got {rows} rows in a step (per_device_train_batch_size, "
+                f"gradient_accumulation_steps, processes), expected {before} as in {checkpoint}"
+            )
         self.totals, self.before = state["totals"], state["before"]
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
