@@ -57,6 +57,15 @@ def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
     return model
 
 
+def save_base(model: nn.Module, tokenizer, output_dir: str, write: bool) -> None:
+    """Give the adapter of a cut model a base that can be loaded: it exists nowhere else."""
+    folder = Path(output_dir) / "base"
+    if write and not folder.exists():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    model.name_or_path = str(folder.resolve())
+
+
 def find(model: str, adapter: str | None) -> tuple[str, str | None]:
     """(base model, folder of the adapter or None) of what is to be evaluated.
 
@@ -94,6 +103,6 @@ def load(model: nn.Module, folder: str) -> nn.Module:
     if strays:
         raise ValueError(
             f"adapter {folder}: it does not fit the base model ({min(strays)}); expected the model "
-            "that it was trained on, with the same student_layers"
+            "that it was trained on"
         )
     return model.eval()

@@ -6,6 +6,7 @@ Names follow TRL's GKDConfig and ModelConfig where those have one.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from switchkd.distributed import check_launch
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
+from switchkd.quantization import NAMED
 from switchkd.rollout import Sampling
 
 POLICIES = ("switch", "adaswitch", "skd", "student", "teacher")
@@ -63,11 +65,12 @@ class ScriptArguments:
     teacher_model_revision: str = option("Revision of the teacher on the Hub.", "main")
     teacher_gguf_file: str | None = option("Read the teacher from this GGUF file in its folder.")
     teacher_dtype: str = option("Type of the teacher's weights.", "auto")
+    teacher_quantization: str | None = option(f"{', '.join(NAMED)}, or JSON of such a config.")
     use_peft: bool = option("Train LoRA adapters on the student (needs peft).", False)
     lora_r: int = option("Rank of the LoRA adapters.", 16)
     lora_alpha: int = option("Scale of the LoRA adapters.", 32)
     lora_dropout: float = option("Dropout of the LoRA adapters.", 0.0)
-    lora_target_modules: list[str] | None = option("Modules that get adapters, e.g. q_proj v_proj.")
+    lora_target_modules: list[str] | None = option("Their modules: q_proj v_proj; all-linear.")
     dataset_name: str = option("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
     dataset_train_split: str = option("Split to train on (Hub and embedded data).", "train")
     eval_dataset_name: str | None = option("Validation data; by default rows held out of training.")
@@ -171,13 +174,14 @@ class SwitchConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments wants to be told before it allows bf16 there
         self._check()
+        check_launch(deepspeed=self.deepspeed)
         super().__post_init__()
         if self.n_gpu > 1:
             raise ValueError(
                 f"got {self.n_gpu} GPUs in one process, expected one process for each: "
                 "accelerate launch -m switchkd.train, or CUDA_VISIBLE_DEVICES"
             )
-        check_launch(self.fsdp, self.fsdp_config, self.deepspeed)
+        check_launch(fsdp=self.fsdp_plugin_args)
 
     def _check(self) -> None:
         def need(name: str, ok: bool, expected: str) -> None:
@@ -276,8 +280,11 @@ def read_yaml(path: str, *classes) -> dict:
             raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
         if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
-        elif isinstance(value, (int, float)) and str(known[name]).startswith("str"):
-            value = str(value)  # student_layers: 0
+        elif str(known[name]).removeprefix("<class '").startswith("str"):  # parsers resolve names
+            if isinstance(value, dict):
+                value = json.dumps(value)
+            elif isinstance(value, (int, float)):
+                value = str(value)  # student_layers: 0
         clean[name] = value
     return clean
 

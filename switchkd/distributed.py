@@ -29,10 +29,11 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 
-def check_launch(fsdp: object, fsdp_config: dict | None, deepspeed: object) -> None:
+def check_launch(*, deepspeed: object = None, fsdp: dict | None = None) -> None:
     """Refuse, before anything is loaded, what a run was launched with and cannot work here.
 
-    The arguments are those of TrainingArguments; `accelerate launch` tells by its environment.
+    deepspeed: the configuration in TrainingArguments; fsdp: its arguments for accelerate's plugin.
+    `accelerate launch` tells by the environment.
     """
 
     def launched(name: str) -> bool:
@@ -43,15 +44,15 @@ def check_launch(fsdp: object, fsdp_config: dict | None, deepspeed: object) -> N
             "got DeepSpeed, expected DDP or FSDP2: ZeRO owns the weights and hands them out layer "
             "by layer, rollouts need them whole; examples/accelerate/fsdp2.yaml shards as much"
         )
-    if not fsdp and not launched("ACCELERATE_USE_FSDP"):
+    if fsdp is None and not launched("ACCELERATE_USE_FSDP"):
         return
-    given = (fsdp_config or {}).get("version", 2) if fsdp else os.environ.get("FSDP_VERSION", 1)
-    if int(given) != 2:
+    version = int(os.environ.get("FSDP_VERSION", 1) if fsdp is None else fsdp["fsdp_version"])
+    if version != 2:
         raise ValueError(
-            f"fsdp_version: got {given}, expected 2: FSDP1 flattens the parameters of a layer into "
-            "one, so they cannot be gathered one by one for a rollout"
+            f"fsdp_version: got {version}, expected 2: FSDP1 flattens the parameters of a layer "
+            "into one, so they cannot be gathered one by one for a rollout"
         )
-    if launched("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if launched("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # TrainingArguments sets it, too
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading: got true, expected false: with it only the first "
             "process loads models, and the others would decode with a teacher of empty weights"
@@ -209,6 +210,11 @@ class ShardedTrainer(Trainer):
         if teacher is None:
             return None
         teacher.eval().requires_grad_(False)
+        if args.shard_teacher and getattr(teacher, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "shard_teacher: got a quantised teacher, whose weights are more than their "
+                "numbers; expected one of the two, and a quantised teacher is the smaller one"
+            )
         if args.shard_teacher and args.world_size > 1:
             head = list(teacher.get_output_embeddings().parameters())
             self.teacher_shards = Shards(teacher, device, keep=head)

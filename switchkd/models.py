@@ -95,6 +95,11 @@ def head_of(model: nn.Module) -> Head:
         raise ValueError(
             f"{type(model).__name__}: got no linear output head, expected get_output_embeddings()"
         )
+    if not layer.weight.is_floating_point() or type(layer.weight.data) is not Tensor:
+        raise ValueError(
+            f"{type(model).__name__}: got an output head of {type(layer.weight.data).__name__}, "
+            f"{layer.weight.dtype}, expected one that is not quantised (modules_to_not_convert)"
+        )
     scale = getattr(config, "logit_scale", None)
     if scale is None:
         scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -211,6 +216,8 @@ def count_parameters(model: nn.Module) -> int:
 def check_weights(model: nn.Module, role: str) -> None:
     """Refuse a checkpoint with NaN or infinite weights before any work starts."""
     for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor:  # quantised
+            continue
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from switchkd import metrics
+from switchkd import adapters, metrics
 from switchkd.checkpoint import COMPLETIONS, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
 from switchkd.console import GracefulStop, print_summary
@@ -28,6 +28,7 @@ from switchkd.models import (
     load_model,
     load_tokenizer,
 )
+from switchkd.quantization import quantization_config
 from switchkd.trainer import SwitchTrainer
 
 CONFIG = "config.yaml"
@@ -204,6 +205,8 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     )
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
+        if script.use_peft:
+            adapters.save_base(student, tokenizer, config.output_dir, config.process_index == 0)
     alone = config.teacher_is_base or not config.needs_teacher
     if alone and script.teacher_model_name_or_path is None:
         return tokenizer, student, None, None
@@ -215,6 +218,9 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     name, gguf = script.teacher_model_name_or_path, script.teacher_gguf_file
     revision = script.teacher_model_revision
     teacher_tokenizer = load_tokenizer(name, gguf_file=gguf, revision=revision, **shared)
+    if script.teacher_quantization is not None:
+        weights["quantization_config"] = quantization_config(script.teacher_quantization)
+        weights["device_map"] = {"": config.device}  # such weights cannot be moved later
     teacher = load_model(
         name, dtype=script.teacher_dtype, gguf_file=gguf, revision=revision, **weights
     )
@@ -269,11 +275,12 @@ def peft_config(script: ScriptArguments):
         from peft import LoraConfig
     except ImportError:
         raise ValueError("use_peft: needs the package peft; pip install peft") from None
+    target = script.lora_target_modules
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
+        target_modules="all-linear" if target == ["all-linear"] else target,
         task_type="CAUSAL_LM",
     )
 
