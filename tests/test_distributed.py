@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import byte_tokenizer, tiny_model
 from safetensors.torch import load_file
 
+from switchkd.distributed import Shards
 from switchkd.train import main
 
 ROWS = [{"prompt": f"say {i} ", "completion": "ab" * (1 + i % 3)} for i in range(23)]
@@ -187,3 +189,26 @@ def test_fsdp2_reduces_the_gradient_of_a_head_of_its_own(folder):
     assert main(argv(folder, "own_one", "llama")) == 0
     two(argv(folder, "own_two", "llama"), **RECOMPUTED)
     assert_same(folder, "own_one", "own_two")
+
+
+def test_parts_of_a_teacher_hold_no_weights_until_they_are_gathered():
+    """One process has the only part: the bookkeeping, without a second one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_model(dtype=torch.float32)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        head = list(model.get_output_embeddings().parameters())
+        shards = Shards(model, torch.device("cpu"), keep=head)
+        for name, parameter in model.named_parameters():
+            assert parameter.shape == before[name].shape
+            if parameter is head[0]:
+                assert torch.equal(parameter, before[name])
+            else:
+                assert parameter.isnan().all()
+                assert parameter.untyped_storage().nbytes() == parameter.element_size()
+        with shards:
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, before[name]), name
+        assert model.get_input_embeddings().weight.isnan().all()
+    finally:
+        dist.destroy_process_group()
