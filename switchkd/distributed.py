@@ -84,7 +84,7 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None = None) -> nn.Module:
     """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in;
     or twin, an earlier copy, with the present weights. A model in parts is gathered one parameter
-    after the other, each in its own type.
+    after the other, in the type of the copy.
 
     Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
     """
@@ -97,7 +97,7 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None =
         return twin
     for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
         if current.requires_grad:  # what is frozen has not changed
-            mine.copy_(whole(current))
+            mine.copy_(whole(current.detach().to(mine.dtype)))
     return twin
 
 
@@ -189,6 +189,9 @@ class ShardedTrainer(Trainer):
             state.distributed_type = DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            # Else the gradients of a window stay whole on every rank: 4 bytes for each parameter.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if self.is_fsdp_enabled and state.fsdp_plugin.mixed_precision_policy is not None:
             # Accelerate would add up gradients in the low precision.
             dtype = state.fsdp_plugin.mixed_precision_policy.param_dtype
