@@ -27,6 +27,10 @@ FSDP2 = {
 }
 
 
+# Processes are forked, which CUDA does not survive; FSDP2 would take the GPU.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
@@ -140,6 +144,7 @@ def runs(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_fsdp2_with_a_teacher_in_parts_trains_as_one_process(runs):
     assert_same(runs, "one", "two")
     files = [{f.name for f in (runs / name / "checkpoint-6").iterdir()} for name in ("one", "two")]
@@ -149,6 +154,7 @@ def test_fsdp2_with_a_teacher_in_parts_trains_as_one_process(runs):
         torch.testing.assert_close(whole[1][name], tensor, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer, reader", [("two", "one"), ("one", "two")])
 def test_a_checkpoint_of_one_number_of_processes_is_resumed_by_another(runs, writer, reader):
     name = f"{writer}_{reader}"
@@ -162,6 +168,7 @@ def test_a_checkpoint_of_one_number_of_processes_is_resumed_by_another(runs, wri
     assert_same(runs, "one", name)
 
 
+@pytest.mark.slow
 def test_resuming_with_another_number_of_rows_in_a_step_is_refused(runs, capsys):
     arguments = argv(runs, "one", resume_from_checkpoint="last", gradient_accumulation_steps=3)
     assert main(arguments) == 1
@@ -171,6 +178,7 @@ def test_resuming_with_another_number_of_rows_in_a_step_is_refused(runs, capsys)
 RECOMPUTED = {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [{}, FSDP2], ids=["ddp", "fsdp2"])
 def test_an_adapter_whose_base_is_the_teacher_trains_as_by_one_process(folder, launch):
     lora = {"use_peft": "true", "teacher_is_base": "true", "lora_r": 4, "max_steps": 6}
@@ -185,6 +193,7 @@ def test_an_adapter_whose_base_is_the_teacher_trains_as_by_one_process(folder, l
     assert_same(folder, "lora_one", name)
 
 
+@pytest.mark.slow
 def test_fsdp2_reduces_the_gradient_of_a_head_of_its_own(folder):
     assert main(argv(folder, "own_one", "llama")) == 0
     two(argv(folder, "own_two", "llama"), **RECOMPUTED)

@@ -2,11 +2,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_trainer import ROWS, make
+from test_trainer import make
 
 from switchkd import models
 from switchkd.config import ScriptArguments, SwitchConfig, parse
@@ -15,14 +16,21 @@ from switchkd.policies import Switch
 from switchkd.quantization import NAMED, quantization_config
 from switchkd.train import load_models
 
-BACKENDS = {"quanto-int8": "optimum.quanto", "torchao-int8": "torchao", "8bit": "bitsandbytes"}
+# Backend and the largest mean KL, nats, from the teacher as it was: int8 and 4 bits.
+BACKENDS = {
+    "quanto-int8": ("optimum.quanto", 0.05),
+    "torchao-int8": ("torchao", 0.05),
+    "8bit": ("bitsandbytes", 0.05),
+    "4bit": ("bitsandbytes", 0.5),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
+    wide = dict(hidden_size=128, intermediate_size=128)  # 4-bit kernels want blocks of 64
     for name, seed in (("teacher", 1), ("student", 2)):
-        model = tiny_model(vocab_size=258, seed=seed, dtype=torch.float32, spread=3.0)
+        model = tiny_model(vocab_size=258, seed=seed, dtype=torch.float32, spread=3.0, **wide)
         model.save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     return folder
@@ -41,17 +49,18 @@ def load(folder, quantization):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_quantised_teacher_decodes_and_teaches_nearly_as_before(folder, name, tmp_path):
-    pytest.importorskip(BACKENDS[name])
+    backend, bound = BACKENDS[name]
+    pytest.importorskip(backend)
     student, teacher = load(folder, name)
     whole = models.load_model(str(folder / "teacher"))
     layers = teacher.get_decoder().layers
     weight = layers[0].mlp.up_proj.weight
-    assert type(weight.data) is not torch.Tensor or weight.dtype == torch.int8
+    assert type(weight.data) is not torch.Tensor or weight.element_size() == 1
     ids = torch.arange(2, 20)[None]
     with torch.no_grad():
         p, q = (m(ids).logits.float().log_softmax(-1) for m in (whole, teacher))
     kl = (p.exp() * (p - q)).sum(-1)
-    assert 0 < kl.mean() < 0.05, "quantised, and close"
+    assert 0 < kl.mean() < bound, "quantised, and close"
     out = rollout(
         teacher, student, [[5, 6, 7], [8, 9]], Switch(tau0=0.01), max_new_tokens=8,
         eos_token_ids=[1], pad_token_id=0, keep_hidden=True,
@@ -114,8 +123,6 @@ def test_other_text_is_refused(text, message):
 
 
 def test_a_backend_that_is_missing_is_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ValueError, match="teacher_quantization torchao-int8: .*torchao"):
         quantization_config("torchao-int8")
@@ -127,7 +134,3 @@ def test_a_quantised_head_is_refused():
     model.lm_head.weight = torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"output head of Tensor, torch\.int8"):
         models.head_of(model)
-
-
-def test_rows_are_those_of_the_trainer():
-    assert len(ROWS) == 8  # the training above has something to train on
