@@ -6,7 +6,7 @@ Names follow TRL's GKDConfig and ModelConfig where those have one.
 from __future__ import annotations
 
 import difflib
-import os
+import json
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -17,10 +17,12 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from switchkd import calibration
+from switchkd.distributed import check_launch
 from switchkd.methods import METHODS, preset, with_methods
 from switchkd.mixture import FRESH_SHARE
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
+from switchkd.quantization import NAMED
 from switchkd.rollout import Sampling
 
 POLICIES = ("switch", "adaswitch", "skd", "student", "teacher")
@@ -67,11 +69,12 @@ class ScriptArguments:
     teacher_model_revision: str = option("Revision of the teacher on the Hub.", "main")
     teacher_gguf_file: str | None = option("Read the teacher from this GGUF file in its folder.")
     teacher_dtype: str = option("Type of the teacher's weights.", "auto")
+    teacher_quantization: str | None = option(f"{', '.join(NAMED)}, or JSON of such a config.")
     use_peft: bool = option("Train LoRA adapters on the student (needs peft).", False)
     lora_r: int = option("Rank of the LoRA adapters.", 16)
     lora_alpha: int = option("Scale of the LoRA adapters.", 32)
     lora_dropout: float = option("Dropout of the LoRA adapters.", 0.0)
-    lora_target_modules: list[str] | None = option("Modules that get adapters, e.g. q_proj v_proj.")
+    lora_target_modules: list[str] | None = option("Their modules: q_proj v_proj; all-linear.")
     dataset_name: str = option("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
     dataset_train_split: str = option("Split to train on (Hub and embedded data).", "train")
     eval_dataset_name: str | None = option("Validation data; by default rows held out of training.")
@@ -161,6 +164,13 @@ class SwitchConfig(TrainingArguments):
     lm_file: str | None = option("Text file for an extra language-model loss.")
     lm_coef: float = option("Weight of that loss.", 1.0)
     disable_dropout: bool = option("Switch dropout off in the student.", True)
+    # devices
+    teacher_is_base: bool = option(
+        "The teacher is the student without its adapter: one set of weights (needs a LoRA).", False
+    )
+    shard_teacher: bool = option(
+        "Keep the teacher in parts on the GPUs of a machine, whole only while it decodes.", False
+    )
     # sight
     eval_temperature: float = option("Temperature of the validation samples.", 1.0)
     log_completions: bool = option("Print a coloured sample with every log line.", True)
@@ -177,6 +187,7 @@ class SwitchConfig(TrainingArguments):
     metric_for_best_model: str | None = option("Chooses the best checkpoint.", "rouge_l")
     load_best_model_at_end: bool = option("End with the best checkpoint.", True)
     remove_unused_columns: bool | None = option("Must stay off.", False)
+    use_cache: bool = option("What the student's config says; rollouts always cache.", True)
     dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
 
     def __post_init__(self):
@@ -191,17 +202,14 @@ class SwitchConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments wants to be told before it allows bf16 there
         self._check()
+        check_launch(deepspeed=self.deepspeed)
         super().__post_init__()
         if self.n_gpu > 1:
             raise ValueError(
                 f"got {self.n_gpu} GPUs in one process, expected one process for each: "
                 "accelerate launch -m switchkd.train, or CUDA_VISIBLE_DEVICES"
             )
-        launched = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
-        if self.fsdp or self.deepspeed or "true" in launched:
-            raise ValueError(
-                "got FSDP or DeepSpeed, expected one process or DDP: rollouts need whole weights"
-            )
+        check_launch(fsdp=self.fsdp_plugin_args)
 
     def _check(self) -> None:
         def need(name: str, ok: bool, expected: str) -> None:
@@ -329,8 +337,11 @@ def read_yaml(path: str, *classes) -> dict:
             raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
         if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
-        elif isinstance(value, (int, float)) and str(known[name]).startswith("str"):
-            value = str(value)  # student_layers: 0
+        elif str(known[name]).removeprefix("<class '").startswith("str"):  # parsers resolve names
+            if isinstance(value, dict):
+                value = json.dumps(value)
+            elif isinstance(value, (int, float)):
+                value = str(value)  # student_layers: 0
         clean[name] = value
     return clean
 

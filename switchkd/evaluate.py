@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from switchkd import metrics
+from switchkd import adapters, metrics
 from switchkd.config import option
 from switchkd.data import Row, read_examples, tokenize
 from switchkd.models import (
@@ -49,6 +49,7 @@ class EvalArguments:
     model_name_or_path: str = option(
         "Hub id, folder (a run's output_dir), or 'embedded'.", EMBEDDED
     )
+    adapter: str | None = option("LoRA adapter for it; found by itself in a run's output_dir.")
     gguf_file: str | None = option("Read the model from this GGUF file in its folder.")
     student_layers: str | None = option("Keep only these layers: the student before distillation.")
     dtype: str = option("Type of the weights.", "auto")
@@ -156,7 +157,8 @@ def print_results(results: dict, console: Console) -> None:
 def run(args: EvalArguments, console: Console) -> dict:
     sets = find_sets(args)
     options = {"trust_remote_code": args.trust_remote_code, "gguf_file": args.gguf_file}
-    tokenizer = load_tokenizer(args.model_name_or_path, **options)
+    base, adapter = adapters.find(args.model_name_or_path, args.adapter)
+    tokenizer = load_tokenizer(base, **options)
     read = {}
     for name, source in sets.items():  # all data first: a bad file should not cost an hour
         examples, report = read_examples(source, split="valid", limit=args.limit)
@@ -173,14 +175,16 @@ def run(args: EvalArguments, console: Console) -> dict:
         )
         console.print(str(report), markup=False, highlight=False)
         read[name] = rows.rows
-    model = load_model(args.model_name_or_path, dtype=args.dtype, **options)
+    model = load_model(base, dtype=args.dtype, **options)
     if args.student_layers is not None:
         cut_layers(model, args.student_layers)
+    if adapter is not None:
+        model = adapters.load(model, adapter)
     check_weights(model, "model")
     check_lengths(model, [[0] * args.max_prompt_length], args.max_new_tokens)
     vocabulary = share_vocabulary(None, model, None, tokenizer)
     results = {
-        "model": args.model_name_or_path,
+        "model": args.adapter or args.model_name_or_path,
         "temperature": args.temperature,
         "seeds": args.seeds,
         "sets": {},

@@ -14,6 +14,7 @@ from switchkd_kernels import linear_divergence_loss
 from torch import Tensor, nn
 
 from switchkd.data import Row
+from switchkd.distributed import hold
 from switchkd.models import decoder_of, head_of
 
 
@@ -124,8 +125,9 @@ def distillation_loss(
     b * skew_reverse_kl on the others (DistiLLM-2, arXiv 2503.07067).
     batch["row_weights"], if there, multiplies each token's divergence.
     """
-    head = head_of(student)
     hidden = response_hidden(model, decoder_of(student), batch)
+    hold(student.get_output_embeddings(), hidden)
+    head = head_of(student)  # after the pass, which gathers it
     options = dict(
         student_bias=head.bias,
         logit_scale=head.logit_scale,

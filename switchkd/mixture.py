@@ -22,10 +22,11 @@ from functools import cached_property
 import torch
 from switchkd_kernels import uniform
 from switchkd_kernels.noise import STREAM_MIX, STREAM_REPLAY
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchkd.data import Row, Rows
-from switchkd.losses import collate
+from switchkd.losses import collate, response_hidden
+from switchkd.models import decoder_of
 from switchkd.rollout import Rollout
 
 STEP = 0.1  # DistiLLM's code: what is added to the share
@@ -185,6 +186,22 @@ def write(texts: Sequence[Text], rollout: Rollout, step: int, teacher_rate: floa
         if teacher_rate is not None:
             log_ratio = rollout.teacher_logprob[i, :n] - rollout.student_logprob[i, :n]
             text.weights = 1 / (teacher_rate * log_ratio.double().exp() + 1 - teacher_rate)
+
+
+@torch.no_grad()
+def complete(texts: Sequence[Text], teacher: nn.Module, batch_size: int) -> None:
+    """Fill in the teacher's states of those texts whose states no rollout has kept: while
+    it is whole, for a loss that will find it in parts."""
+    missing = [text for text in texts if text.hidden is None]
+    missing.sort(key=lambda text: len(text.row.prompt_ids) + len(text.tokens))
+    for at in range(0, len(missing), batch_size):
+        part = missing[at : at + batch_size]
+        batch = collate([text.row.prompt_ids for text in part], [text.tokens for text in part], 0)
+        batch = {name: x.to(teacher.device) for name, x in batch.items()}
+        states = response_hidden(teacher, decoder_of(teacher), batch)
+        lengths = [len(text.tokens) for text in part]
+        for text, mine in zip(part, states.split(lengths), strict=True):
+            text.hidden = mine
 
 
 def deal(

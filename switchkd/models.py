@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +56,8 @@ def _load(factory, name: str, gguf_file: str | None, **kwargs):
     except Exception as error:  # the libraries below raise a dozen types; name the file for all
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
+        if HF_HUB_OFFLINE and not Path(path).exists():
+            reason = "HF_HUB_OFFLINE is set, and it is neither a folder nor in the Hub's cache"
         raise ValueError(
             f"cannot load the {kind} {name!r}"
             + (f" (GGUF file {gguf_file})" if gguf_file else "")
@@ -92,6 +94,11 @@ def head_of(model: nn.Module) -> Head:
     if layer is None or not hasattr(layer, "weight"):
         raise ValueError(
             f"{type(model).__name__}: got no linear output head, expected get_output_embeddings()"
+        )
+    if not layer.weight.is_floating_point() or type(layer.weight.data) is not Tensor:
+        raise ValueError(
+            f"{type(model).__name__}: got an output head of {type(layer.weight.data).__name__}, "
+            f"{layer.weight.dtype}, expected one that is not quantised (modules_to_not_convert)"
         )
     scale = getattr(config, "logit_scale", None)
     if scale is None:
@@ -209,26 +216,10 @@ def count_parameters(model: nn.Module) -> int:
 def check_weights(model: nn.Module, role: str) -> None:
     """Refuse a checkpoint with NaN or infinite weights before any work starts."""
     for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor:  # quantised
+            continue
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{role}: got NaN or infinite weights in {name}, expected finite ones")
-
-
-@torch.no_grad()
-def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in;
-    or twin, an earlier copy, with the present weights.
-
-    Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
-    """
-    if twin is None:
-        twin = copy.deepcopy(model).requires_grad_(False)
-        for wrapper in ("forward", "_original_forward"):  # would still call the original model
-            twin.__dict__.pop(wrapper, None)
-        for parameter in twin.parameters():
-            parameter.data = parameter.data.to(dtype)
-    for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.copy_(current)
-    return twin
 
 
 def disable_dropout(model: nn.Module) -> None:

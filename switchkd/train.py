@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from transformers.trainer import TRAINER_STATE_NAME
 
-from switchkd import metrics
+from switchkd import adapters, metrics
 from switchkd.calibration import print_calibration
 from switchkd.checkpoint import COMPLETIONS, RUN_STATE, check_checkpoint, last_checkpoint
 from switchkd.config import ScriptArguments, SwitchConfig, parse
@@ -31,6 +31,7 @@ from switchkd.models import (
     load_model,
     load_tokenizer,
 )
+from switchkd.quantization import quantization_config
 from switchkd.trainer import SwitchTrainer
 
 CONFIG = "config.yaml"
@@ -48,6 +49,10 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "rollout_batch_size",
     "eval_temperature",
+    # Together with the number of processes they make the rows of a step, which must stay:
+    # `SwitchTrainer.load_run_state`.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
 
 
@@ -112,7 +117,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     for note in trainer.vocabulary.notes:
         console.print(f"note: {note}", markup=False)
     sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
-    if teacher is not None:
+    if trainer.teacher is not None:
+        teacher = trainer.teacher
         sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
     rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
     if config.adaptive_lmbda:
@@ -238,7 +244,10 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     )
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
-    if not config.needs_teacher and script.teacher_model_name_or_path is None:
+        if script.use_peft:
+            adapters.save_base(student, tokenizer, config.output_dir, config.process_index == 0)
+    alone = config.teacher_is_base or not config.needs_teacher
+    if alone and script.teacher_model_name_or_path is None:
         return tokenizer, student, None, None
     if script.teacher_model_name_or_path is None:
         raise ValueError(
@@ -248,6 +257,9 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     name, gguf = script.teacher_model_name_or_path, script.teacher_gguf_file
     revision = script.teacher_model_revision
     teacher_tokenizer = load_tokenizer(name, gguf_file=gguf, revision=revision, **shared)
+    if script.teacher_quantization is not None:
+        weights["quantization_config"] = quantization_config(script.teacher_quantization)
+        weights["device_map"] = {"": config.device}  # such weights cannot be moved later
     teacher = load_model(
         name, dtype=script.teacher_dtype, gguf_file=gguf, revision=revision, **weights
     )
@@ -302,11 +314,12 @@ def peft_config(script: ScriptArguments):
         from peft import LoraConfig
     except ImportError:
         raise ValueError("use_peft: needs the package peft; pip install peft") from None
+    target = script.lora_target_modules
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
+        target_modules="all-linear" if target == ["all-linear"] else target,
         task_type="CAUSAL_LM",
     )
 

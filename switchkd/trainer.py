@@ -18,10 +18,9 @@ from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd import losses, metrics, mixture
+from switchkd import adapters, losses, metrics, mixture
 from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
@@ -36,11 +35,11 @@ from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Row, Rows, rows_from, text_blocks
 from switchkd.decoder import rollout as block_rollout
+from switchkd.distributed import ShardedTrainer, with_whole_weights
 from switchkd.engine import Engine
 from switchkd.models import (
     check_weights,
     count_parameters,
-    decoding_copy,
     disable_dropout,
     load_model,
     load_tokenizer,
@@ -49,7 +48,7 @@ from switchkd.models import (
 from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_in_batches
 
 
-class SwitchTrainer(Trainer):
+class SwitchTrainer(ShardedTrainer):
     """Distil `teacher_model` into `model` with teacher-intervened rollouts.
 
     model, teacher_model: causal language models, or their Hub ids or folders; the teacher may be
@@ -83,6 +82,8 @@ class SwitchTrainer(Trainer):
         if isinstance(teacher_model, str):
             teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model)
             teacher_model = load_model(teacher_model)
+        if args.teacher_is_base:
+            teacher_model = adapters.share_base(model, teacher_model, peft_config)
         if processing_class is None:
             raise ValueError("processing_class: got None, expected the tokenizer of both models")
         if teacher_model is None and args.needs_teacher:
@@ -98,12 +99,10 @@ class SwitchTrainer(Trainer):
                 check_weights(checked, role)
                 limit = [[0] * args.max_prompt_length]
                 check_lengths(checked, limit, args.max_new_tokens)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+        if peft_config is not None:
+            model = adapters.add(model, peft_config, args.seed)
         self.policy, self.sampling = args.policy(), args.sampling()
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
@@ -119,10 +118,8 @@ class SwitchTrainer(Trainer):
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # by the global number of response tokens
-        self.teacher = teacher_model
-        if teacher_model is not None:
-            self.teacher = teacher_model.to(self.args.device).eval().requires_grad_(False)
-        self._decoding_copy = self._engine = self.calibration = None
+        self.calibration: dict | None = None
+        self.teacher = self.place(teacher_model, model)
         self._history: dict[int, list[int]] = {}  # the last completion of each row
         names = ("seed", "lmbda", "adaptive_lmbda", "replay_capacity", "replay_ratio")
         options = {name: getattr(args, name) for name in names}
@@ -147,12 +144,14 @@ class SwitchTrainer(Trainer):
             self.calibrate()
         return super().train(*args, **kwargs)
 
+    @with_whole_weights
     def calibrate(self) -> Calibration:
         """Choose the threshold for `target_teacher_share`; `train` does so if nobody has."""
         return calibrate_trainer(self)
 
     # ------------------------------------------------------------------ one window of batches
 
+    @with_whole_weights
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, the rollouts of all of them decoded at once."""
         sizes, rows = [], []
@@ -165,6 +164,8 @@ class SwitchTrainer(Trainer):
             sizes.append(len(batch))
         epoch = int(self.state.epoch or 0)
         texts = self._write(rows, epoch)
+        if self.teacher_shards is not None and self.args.loss_type != "cross_entropy":
+            mixture.complete(texts, self.teacher, self.args.per_device_train_batch_size)
         batches = mixture.deal(texts, sizes, self.vocabulary.pad_token_id, self._columns)
         if self._lm_blocks is not None:
             for batch in batches:
@@ -236,18 +237,6 @@ class SwitchTrainer(Trainer):
     def _bar(self, total: int, what: str, unit: str):
         off = self.args.disable_tqdm or not self.is_world_process_zero()
         return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
-
-    def _student_for_decoding(self):
-        """The student itself, or its copy in `rollout_dtype`, refreshed.
-
-        Decoding float32 weights under autocast would cast every weight again for every token.
-        """
-        student = self.accelerator.unwrap_model(self.model)
-        dtype = self.args.decoding_dtype()
-        if dtype is None or dtype == next(student.parameters()).dtype:
-            return student
-        self._decoding_copy = decoding_copy(student, dtype, self._decoding_copy)
-        return self._decoding_copy
 
     def _choose_blocks(self, ids: Tensor, epoch: int) -> Tensor:
         """One block of the extra text per row id, by (row, epoch): independent of batching."""
@@ -321,17 +310,19 @@ class SwitchTrainer(Trainer):
 
     # ------------------------------------------------------------------ validation
 
+    @with_whole_weights
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row."""
         rows = (eval_dataset or self.eval_dataset).rows
         mine = rows[self.args.process_index :: self.args.world_size]
-        start = time.perf_counter()
+        start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
         with bar, self.accelerator.autocast():  # as in training, before it, too
             sums = metrics.validate(
                 self.teacher,
-                self.accelerator.unwrap_model(self.model),
-                self._student_for_decoding(),
+                # With FSDP, a pass of the student would have to be made by all ranks together.
+                decoding if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model),
+                decoding,
                 mine,
                 self.processing_class,
                 self.vocabulary,
@@ -384,11 +375,22 @@ class SwitchTrainer(Trainer):
             "before": self.before,
             "mixture": self.mixture.state(),
             "calibration": self.calibration,
+            "rows_per_step": self.rows_per_step(),
         }
+
+    def rows_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def load_run_state(self, checkpoint: str) -> None:
         """Continue the totals of a checkpoint, and forget completions written after it."""
         state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
+        rows, before = self.rows_per_step(), state.get("rows_per_step")
+        if before not in (None, rows):
+            raise ValueError(
+                f"got {rows} rows in a step (per_device_train_batch_size, "
+                f"gradient_accumulation_steps, processes), expected {before} as in {checkpoint}"
+            )
         self.totals, self.before = state["totals"], state["before"]
         self.mixture.load(state["mixture"])
         self.calibration = state["calibration"]

@@ -10,6 +10,7 @@ from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.train import peft_config
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+ACCELERATE = sorted((Path(__file__).parent.parent / "examples" / "accelerate").glob("*.yaml"))
 
 
 def config(**kwargs):
@@ -160,7 +161,53 @@ def test_the_papers_pairs_are_all_there():
     assert pairs | {"openllama_7b_to_3b", "smollm2_dolly", "smollm2_sft"} <= names
 
 
-def test_launches_that_cannot_roll_out_are_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="got FSDP or DeepSpeed, expected one process or DDP"):
+@pytest.mark.parametrize(
+    "launched, message",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "got DeepSpeed, expected DDP or FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: got 1, expected 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+             "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading: got true, expected false",
+        ),
+    ],
+)  # fmt: skip
+def test_launches_that_cannot_roll_out_are_refused(monkeypatch, launched, message):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         config()
+
+
+def test_fsdp_of_the_trainer_must_be_version_2(monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # TrainingArguments sets it
+    with pytest.raises(ValueError, match="fsdp_version: got 1, expected 2"):
+        config(fsdp=True, fsdp_config={"version": 1})
+    assert config(fsdp=True).fsdp_plugin_args["fsdp_version"] == 2
+
+
+def test_accelerate_configurations_launch_what_they_say(monkeypatch):
+    """Through accelerate's own reading of them, into the environment that a process sees."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    seen = {}
+    for path in ACCELERATE:
+        arguments = ["--config_file", str(path), "-m", "switchkd.train"]
+        args, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+        environment = prepare_multi_gpu_env(args)
+        wanted = {k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE"))}
+        with monkeypatch.context() as patch:
+            for name, value in wanted.items():
+                patch.setenv(name, value)
+            config()  # refuses what cannot work
+        fsdp = wanted.get("ACCELERATE_USE_FSDP") == "true"
+        seen[path.stem] = args.num_processes, args.multi_gpu, fsdp
+        assert "-m switchkd.train" in path.read_text().replace("\\\n#    ", "")
+    assert seen == {
+        "single": (1, False, False),
+        "ddp": (8, True, False),
+        "fsdp2": (8, False, True),
+        "fsdp2_sharded_teacher": (8, False, True),
+    }

@@ -184,3 +184,11 @@ def test_the_loss_goes_through_the_wrapper_of_the_student():
     loss.backward()
     assert wrapper.calls == 1
     assert all(p.grad is not None for p in student.parameters())
+
+
+def test_offline_a_missing_model_says_that_it_is_looked_for_on_disk_only(monkeypatch):
+    monkeypatch.setattr("switchkd.models.HF_HUB_OFFLINE", True)  # as HF_HUB_OFFLINE=1 sets it
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"absent/model'.*HF_HUB_OFFLINE is set, .* cache"):
+            load("absent/model")
+    assert load_tokenizer("embedded").eos_token_id is not None

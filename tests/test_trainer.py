@@ -244,7 +244,7 @@ def test_the_decoding_copy_is_independent_of_autocast_and_keeps_its_buffers(tmp_
 
 
 def test_rotary_frequencies_stay_in_float32():
-    from switchkd.models import decoding_copy
+    from switchkd.distributed import decoding_copy
 
     copy = decoding_copy(tiny_model(dtype=torch.float32), torch.bfloat16)
     assert {b.dtype for b in copy.buffers() if b.is_floating_point()} == {torch.float32}

@@ -1,0 +1,108 @@
+"""LoRA adapters: added to a student, loaded for evaluation; a teacher that is its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+from transformers import set_seed
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("adapters need the package peft; pip install peft") from None
+    return peft
+
+
+def share_base(student: nn.Module, teacher: nn.Module | None, peft_config) -> nn.Module:
+    """The teacher that is `student` before it gets an adapter: own modules, the same tensors.
+
+    An adapter is put into the student's modules and leaves the tensors as they are, so nothing has
+    to be switched off around the teacher's passes: a CUDA graph or a compiled function of either
+    model stays valid, and both may decode in turns.
+    """
+    if teacher is not None:
+        raise ValueError("teacher_is_base: got a teacher, too; expected the student's base alone")
+    if peft_config is None:
+        raise ValueError("teacher_is_base: got no adapter, expected use_peft or a peft_config")
+    if getattr(peft_config, "bias", "none") != "none":
+        raise ValueError(
+            f"teacher_is_base: got an adapter with bias {peft_config.bias!r}, expected 'none': "
+            "training the base's biases would change the teacher"
+        )
+    tensors = {id(parameter): parameter for parameter in student.parameters()}
+    return copy.deepcopy(student, tensors)
+
+
+def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
+    """`model` with an adapter to train, drawn from `seed`: the same in each process.
+
+    Raises ValueError for an adapter on the output head: the loss multiplies by its weights.
+    """
+    set_seed(seed)
+    model = _peft().get_peft_model(model, peft_config)
+    head = model.get_output_embeddings()
+    if isinstance(head, _peft().tuners.tuners_utils.BaseTunerLayer):
+        raise ValueError(
+            "lora_target_modules: got the output head, expected layers below it: the loss works "
+            "on the head's weights and would not see its adapter"
+        )
+    return model
+
+
+def save_base(model: nn.Module, tokenizer, output_dir: str, write: bool) -> None:
+    """Give the adapter of a cut model a base that can be loaded: it exists nowhere else."""
+    folder = Path(output_dir) / "base"
+    if write and not folder.exists():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    model.name_or_path = str(folder.resolve())
+
+
+def find(model: str, adapter: str | None) -> tuple[str, str | None]:
+    """(base model, folder of the adapter or None) of what is to be evaluated.
+
+    model: a Hub id or folder; one that holds an adapter names its base. adapter: its folder, given.
+    """
+    if adapter is None and not (Path(model) / ADAPTER_CONFIG).is_file():
+        return model, None
+    folder = Path(adapter or model)
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"adapter {folder}: no readable {ADAPTER_CONFIG} ({error})") from None
+    if adapter is not None:
+        return model, adapter
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"adapter {folder}: {ADAPTER_CONFIG} names no base model, expected it as "
+            "model_name_or_path with the folder as adapter"
+        )
+    return base, model
+
+
+def load(model: nn.Module, folder: str) -> nn.Module:
+    """`model` with the adapter of a folder, frozen; raises ValueError if it does not fit."""
+    peft = _peft()
+    try:
+        model = peft.PeftModel.from_pretrained(model, folder)
+        with safe_open(Path(folder) / ADAPTER_WEIGHTS, framework="pt") as tensors:
+            saved = set(tensors.keys())
+    except Exception as error:  # peft and safetensors raise a dozen types
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load the adapter {folder}: {reason}") from error
+    strays = saved ^ set(peft.get_peft_model_state_dict(model))
+    if strays:
+        raise ValueError(
+            f"adapter {folder}: it does not fit the base model ({min(strays)}); expected the model "
+            "that it was trained on"
+        )
+    return model.eval()
