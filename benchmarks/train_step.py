@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,10 +83,12 @@ class Bench:
         for model in (pair.teacher, pair.student):
             model.generation_config.eos_token_id = None
         self.phases = methods.Phases(self.device, CLOCKS[args.clock])
-        new, switch = args.max_new_tokens, methods.switch_trainer
-        self.ours = switch(methods.TimedSwitch, pair, new, folder)
-        self.naive = switch(methods.TimedEager, pair, new, folder, decoder="naive")
-        self.gkd = methods.gkd_trainer(pair, new, folder)
+        sizes = args.batch, args.max_new_tokens
+        self.ours = methods.switch_trainer(methods.TimedSwitch, pair, *sizes, folder)
+        self.naive = methods.switch_trainer(
+            methods.TimedEager, pair, *sizes, folder, decoder="naive", rollout_batch_size=args.batch
+        )
+        self.gkd = methods.gkd_trainer(pair, *sizes, folder)
         refused = methods.trl_refuses(pair)
         if refused:
             pair.notes.append(f"GKD is TRL's step written out: {refused}")
@@ -101,7 +103,7 @@ class Bench:
             Measured(
                 "gkd",
                 "written out" if refused else f"trl {methods.TRL_VERSION}",
-                methods.gkd_step(self.gkd, pair, new),
+                methods.gkd_step(self.gkd, pair, *sizes),
             ),
         ]
 
@@ -110,15 +112,14 @@ class Bench:
 
         Raises AssertionError where one is beyond what rounding explains.
         """
-        device, found = self.ours.args.device, {}
-        rows = iter([{"rows": torch.arange(len(self.pair.prompts))}])
-        batches, items = self.ours.get_batch_samples(rows, 1, device)
-        batch, results = self.ours._prepare_inputs(batches[0]), []
+        batches, items = methods.window(self.ours)
+        batch, found, results = self.ours._prepare_inputs(batches[0]), {}, []
         for trainer in (self.ours, self.naive):
             self.phases.start("loss")
             loss = trainer.compute_loss(self.pair.student, dict(batch), num_items_in_batch=items)
             loss.backward()
-            gradient = [p.grad for p in self.pair.student.parameters() if p.grad is not None]
+            weights = self.pair.student.parameters()
+            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
             results.append((loss.detach(), gradient))
             self.pair.student.zero_grad()
         (loss, mine), (expected, theirs) = results
@@ -145,31 +146,37 @@ class Bench:
         self.optimizer.zero_grad()
         return self.phases.stop()
 
-    def measure(self) -> None:
+    def measure(self) -> Iterator[None]:
+        """Memory, then one repeat after another: `rows` tells what is known after each."""
         for parameter in self.pair.student.parameters():  # the optimizer's state is made now
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ours._engine is not None:  # its caches are part of its step
-            self.ours._engine.release()
-        before = methods.peak_bytes(self.device)
-        before = methods.peak_bytes(self.device)  # of nothing but what is held
+        self.ours._engine.release()  # its caches are part of its step
+        gc.collect()
+        methods.give_back_memory()
+        methods.peak_bytes(self.device)
+        before = methods.peak_bytes(self.device)  # since the last call: what is held
         for way in reversed(self.steps):  # ours last: the others run without its caches
-            _, way.peaks = self.step(way)
+            _, peaks = self.step(way)
             if before is not None:
-                way.peaks = {k: v and max(v - before, 0) for k, v in way.peaks.items()}
+                peaks = {phase: x and max(x - before, 0) for phase, x in peaks.items()}
+            way.peaks = peaks
+            methods.give_back_memory()
         for i in range(self.args.repeats):
             for way in self.steps[i % 3 :] + self.steps[: i % 3]:
                 way.phases.append(self.step(way)[0])
+            yield
 
     def rows(self) -> list[dict]:
         """One for each phase of each step, and one for the whole."""
         gkd, tokens = self.steps[-1].totals(), len(self.pair.prompts) * self.args.max_new_tokens
         shared = {
-            "batch": len(self.pair.prompts),
+            "batch": self.args.batch,
+            "micro_batches": self.args.micro_batches,
             "max_new_tokens": self.args.max_new_tokens,
             "dtype": dtype_name(self.pair.student.dtype),
-            "repeats": self.args.repeats,
+            "repeats": len(self.steps[0].phases),
             "clock": self.args.clock,
             "models": self.pair.label,
             "device": describe(self.device),
@@ -208,8 +215,10 @@ class Bench:
 
 def show(rows: list[dict], notes: list[str], console: Console) -> None:
     first = rows[0]
-    table = Table(title=f"{first['models']}: {first['batch']} rows of {first['max_new_tokens']} "
-                        f"new tokens, {first['dtype']}, ms ({first['clock']} time)")  # fmt: skip
+    table = Table(
+        title=f"{first['models']}: {first['micro_batches']} x {first['batch']} rows of "
+        f"{first['max_new_tokens']} new tokens, {first['dtype']}, ms ({first['clock']} time)"
+    )
     table.add_column("phase")
     ways = list(dict.fromkeys((row["method"], row["implementation"]) for row in rows))
     for way in ways:
@@ -227,7 +236,7 @@ def show(rows: list[dict], notes: list[str], console: Console) -> None:
     line("ms a token", "step", lambda row: f"{row['ms_per_token']:.3f}")
     line("over GKD", "step", lambda row: f"{row['ratio_to_gkd']:.2f}x")
     line("range", "step", lambda row: f"{row['ratio_low']:.2f} - {row['ratio_high']:.2f}")
-    line("peak MiB", "step", lambda row: "-" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}")
+    line("peak MiB", "step", lambda row: f"{row['peak_mb'] or float('nan'):,.0f}")
     console.print(table)
     for note in [first["device"], f"teacher share {first['teacher_share']:.1%}", *notes]:
         console.print(note, highlight=False, markup=False)
@@ -244,54 +253,67 @@ def save(args: argparse.Namespace, rows: list[dict]) -> None:
                 writer.writerow(f"{x:.4g}" if isinstance(x, float) else x for x in row.values())
 
 
-def main(argv=None) -> int:
+def parse(argv=None) -> argparse.Namespace:
+    """The options, all of them checked and filled in."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--pair", nargs="+", help=f"of {', '.join(pairs.NAMES)}")
     add("--models", help="folder with the models of the pair smollm2")
     add("--data", default="embedded", help="prompts: a .jsonl file, or the embedded data")
-    add("--batch", type=int, default=8, help="rows of a step, one micro-batch")
-    add("--max_new_tokens", type=int, default=96)
+    add("--batch", type=int, default=8, help="rows of a micro-batch")
+    add("--micro_batches", type=int, default=1, help="micro-batches of a step")
+    add("--max_new_tokens", type=int, help="default 96")
     add("--repeats", type=int, help="default 5 on a CPU, 10 on a GPU")
     add("--dtype", choices=("float32", "bfloat16"), help="default float32, on a GPU bfloat16")
     add("--device", help="default: a GPU if there is one")
-    add("--clock", choices=CLOCKS, default="wall",
-        help="cpu: processor time of all threads, for one thread on a machine that others use")  # fmt: skip
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a shared machine")
     add("--quick", action="store_true", help="16 tokens, one repeat")
     add("--json", help="write the rows to this file")
     add("--csv", help="write the rows to this file")
     args = parser.parse_args(argv)
     try:
-        device = open_device(args.device)
-        gpu = device.type == "cuda"
+        args.device = open_device(args.device)
+        gpu = args.device.type == "cuda"
         if gpu and args.clock == "cpu":
             raise ValueError("clock: got cpu for a GPU, expected wall: its time is that of events")
-        args.pair = args.pair or ["gpt2-xl", "qwen2.5-1.5b"] if gpu else args.pair or ["embedded"]
+        args.pair = args.pair or (["gpt2-xl", "qwen2.5-1.5b"] if gpu else ["embedded"])
         for name in args.pair:
             pairs.check_name(name)
             if name == "smollm2" and args.models is None:
                 raise ValueError(
                     "--pair smollm2: got no folder, expected --models DIR with the GGUF"
                 )
+        defaults = {"max_new_tokens": 16 if args.quick else 96,
+                    "repeats": 1 if args.quick else 10 if gpu else 5}  # fmt: skip
+        for name in ("batch", "micro_batches", *defaults):
+            if getattr(args, name) is None:
+                setattr(args, name, defaults[name])
+            if getattr(args, name) < 1:
+                raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
     except ValueError as error:
         parser.error(str(error))
-    args.repeats = 1 if args.quick else args.repeats or (10 if gpu else 5)
-    args.max_new_tokens = 16 if args.quick else args.max_new_tokens
-    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     console, results = Console(width=max(Console().width, 110)), []
     for name in args.pair:
-        pair = pairs.load_pair(name, args.batch, dtype, device, args.models, data=args.data)
-        pair.prompts = pair.prompts[: args.batch]
+        count = args.batch * args.micro_batches
+        pair = pairs.load_pair(name, count, args.dtype, args.device, args.models, data=args.data)
+        pair.prompts = pair.prompts[:count]
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(pair, args, folder)
             found = bench.gate()
-            bench.measure()
-        rows = bench.rows()
+            for _ in bench.measure():
+                rows = bench.rows()
+                save(args, results + rows)  # what is done survives an interruption
         results += rows
-        save(args, results)
-        show(rows, [*pair.notes, "gate, relative: " + ", ".join(
-            f"{what} {x:.1e}" for what, x in found.items())], console)  # fmt: skip
-        del bench, pair
+        gate = ", ".join(f"{what} {difference:.1e}" for what, difference in found.items())
+        show(rows, [*pair.notes, f"ours against naive, relative: {gate}"], console)
+        del bench, pair  # before the next one is loaded
+        gc.collect()
     return 0
 
 

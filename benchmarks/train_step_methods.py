@@ -6,6 +6,8 @@ loss on full logits; TRL's `GKDTrainer`, or its step written out where that cann
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -92,16 +94,22 @@ class Phases:
         model.register_forward_hook(leave)
 
 
+def give_back_memory() -> None:
+    """Freed memory that the C library holds would hide what a step takes."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """The most memory in use since the last call: allocated on a GPU, resident of the process on
-    Linux; None where no one counts it."""
+    Linux (clear_refs in proc(5)); None where no one counts it."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return None
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
@@ -148,14 +156,14 @@ class TimedEager(Timed, EagerTrainer):
     pass
 
 
-def switch_trainer(kind: type, pair: Pair, new_tokens: int, folder: str, **options):
-    """A trainer of that kind for the prompts of a pair, of which none ends early."""
+def switch_trainer(kind: type, pair: Pair, batch: int, new_tokens: int, folder: str, **options):
+    """A trainer of that kind for the prompts of a pair, of which no response ends early."""
     examples = [Example((), (), i) for i in range(len(pair.prompts))]
     rows = [Row(p, [], e) for p, e in zip(pair.prompts, examples, strict=True)]
     args = SwitchConfig(
         output_dir=folder, use_cpu=pair.student.device.type == "cpu", lmbda=1.0,
         max_new_tokens=new_tokens, max_prompt_length=max(map(len, pair.prompts)),
-        per_device_train_batch_size=len(rows), learning_rate=NEGLIGIBLE, eval_strategy="no",
+        per_device_train_batch_size=batch, learning_rate=NEGLIGIBLE, eval_strategy="no",
         save_strategy="no", report_to="none", disable_tqdm=True, log_completions=False, **options,
     )  # fmt: skip
     tokenizer = number_tokenizer(pair)
@@ -174,20 +182,28 @@ def number_tokenizer(pair: Pair) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token=pad, eos_token=pad)
 
 
+def window(trainer: SwitchTrainer) -> tuple[list[dict], Tensor]:
+    """The micro-batches of one optimizer step, rolled out, and what their loss is divided by."""
+    rows = torch.arange(len(trainer.train_dataset)).split(trainer.args.per_device_train_batch_size)
+    return trainer.get_batch_samples(
+        iter([{"rows": part} for part in rows]), len(rows), trainer.args.device
+    )
+
+
 def switch_step(trainer: SwitchTrainer) -> Callable[[], float]:
-    """Rollout, forward and backward of one batch; returns the teacher's share of the tokens."""
-    batch = [{"rows": torch.arange(len(trainer.train_dataset))}]
+    """All of a step up to the optimizer; returns the teacher's share of the tokens."""
 
     def run() -> float:
-        written = dict(trainer.totals)
-        device = trainer.args.device
-        inputs, items = trainer.get_batch_samples(iter(batch), 1, device)
-        trainer.training_step(trainer.model, inputs[0], items)
+        before = dict(trainer.totals)
+        batches, items = window(trainer)
+        for inputs in batches:
+            trainer.training_step(trainer.model, inputs, items)
         tokens, by_teacher = (
-            trainer.totals[name] - written[name] for name in ("tokens", "teacher_tokens")
+            trainer.totals[name] - before[name] for name in ("tokens", "teacher_tokens")
         )
-        if tokens != len(trainer.train_dataset) * trainer.args.max_new_tokens:
-            raise AssertionError(f"the rollout wrote {tokens} tokens, expected no row to end early")
+        expected = len(trainer.train_dataset) * trainer.args.max_new_tokens
+        if tokens != expected:
+            raise AssertionError(f"rollout: got {tokens} tokens, expected {expected}")
         return by_teacher / tokens
 
     return run
@@ -196,11 +212,11 @@ def switch_step(trainer: SwitchTrainer) -> Callable[[], float]:
 # ------------------------------------------------------------------ GKD
 
 
-def gkd_inputs(pair: Pair) -> dict[str, Tensor]:
+def gkd_inputs(pair: Pair, prompts: list[list[int]]) -> dict[str, Tensor]:
     """Prompts padded on the left, as TRL's collator hands them over."""
-    width, device = max(map(len, pair.prompts)), pair.student.device
-    rows = [[pair.pad_token_id] * (width - len(p)) + p for p in pair.prompts]
-    masks = [[0] * (width - len(p)) + [1] * len(p) for p in pair.prompts]
+    width, device = max(map(len, prompts)), pair.student.device
+    rows = [[pair.pad_token_id] * (width - len(p)) + p for p in prompts]
+    masks = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     ids, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
     return {"prompts": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
 
@@ -221,8 +237,8 @@ class WrittenGkd:
         mask = torch.cat([mask, torch.ones_like(ids[:, prompts.shape[1] :])], 1)
         labels = torch.cat([torch.full_like(prompts, -100), ids[:, prompts.shape[1] :]], 1)
         model.train()
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+        inputs.update({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss.backward()
         return loss.detach()
 
@@ -253,7 +269,7 @@ def trl_refuses(pair: Pair) -> str | None:
     return None if sizes[0] == sizes[1] else f"its vocabularies are padded to {sizes}"
 
 
-def gkd_trainer(pair: Pair, new_tokens: int, folder: str):
+def gkd_trainer(pair: Pair, batch: int, new_tokens: int, folder: str):
     """GKDTrainer with its defaults but for: lmbda and temperature 1, so that all rows are sampled
     as in the other steps; no gradient checkpointing, for which TRL would give up the cache of
     `generate`; the precision of the models."""
@@ -262,7 +278,7 @@ def gkd_trainer(pair: Pair, new_tokens: int, folder: str):
     kind = type("TimedGkd", (Timed, GKDTrainer), {})
     args = GKDConfig(
         output_dir=folder, use_cpu=pair.student.device.type == "cpu", lmbda=1.0, temperature=1.0,
-        max_new_tokens=new_tokens, per_device_train_batch_size=len(pair.prompts),
+        max_new_tokens=new_tokens, per_device_train_batch_size=batch,
         learning_rate=NEGLIGIBLE, gradient_checkpointing=False, bf16=False, save_strategy="no",
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
@@ -275,14 +291,25 @@ def gkd_trainer(pair: Pair, new_tokens: int, folder: str):
     return trainer
 
 
-def gkd_step(trainer, pair: Pair, new_tokens: int) -> Callable[[], float]:
-    """Generation, forward and backward of one batch; no token is the teacher's."""
-    inputs = gkd_inputs(pair)
-    count = torch.tensor(len(pair.prompts) * new_tokens, device=pair.student.device)
+def gkd_step(trainer, pair: Pair, batch: int, new_tokens: int) -> Callable[[], float]:
+    """All of a step up to the optimizer; no token is the teacher's.
+
+    Micro-batches are dealt by length, as SwitchTrainer does, so that padding is no difference.
+    """
+    prompts = sorted(pair.prompts, key=len)
+    micro = [gkd_inputs(pair, prompts[at : at + batch]) for at in range(0, len(prompts), batch)]
+    count = torch.tensor(len(prompts) * new_tokens, device=pair.student.device)
 
     def run() -> float:
-        batch = dict(inputs)  # the sequences are put into it
-        trainer.training_step(pair.student, batch, count)
+        for inputs in micro:
+            trainer.phases.to("rollout")
+            batch = dict(inputs)  # TRL puts the sequences into it
+            trainer.training_step(pair.student, batch, count)
+            width = inputs["prompts"].shape[1] + new_tokens
+            if batch["input_ids"].shape[1] != width:
+                raise AssertionError(
+                    f"generate: got sequences of {batch['input_ids'].shape[1]}, expected {width}"
+                )
         return 0.0
 
     return run
