@@ -11,8 +11,8 @@ All train one student on the same prompts with one AdamW; no response ends befor
 so that all steps train on as many tokens. The phases of a step are disjoint and their sum is the
 step: each moment counts once.
 
-rollout          prompts to finished completions: for SWITCH both models, and the record of a token;
-                 for GKD the student alone. Also batches and their padding
+rollout          prompts to finished completions: for SWITCH both models, and the record of every
+                 token, written to a file; for GKD the student alone. Also the batches' padding
 teacher forward  over prompts and completions; none where the rollout kept the hidden states
 student forward  the same, with a graph; ours without the output head
 loss             the rest of the way to the loss. Ours: both output heads, and the gradients of the
@@ -54,7 +54,9 @@ from benchmarks import train_step_methods as methods
 from benchmarks.timing import describe, dtype_name, open_device
 
 OURS, NAIVE, GKD = ("switch", "switchkd"), ("switch", "naive"), ("gkd", "trl")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float64: 1e-9}
+# Of loss and gradient, relative. Measured on the embedded and the toy pair: 3e-7 and 2e-6 in
+# float32, 3e-4 and 1e-2 in bfloat16.
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -127,9 +129,9 @@ class Bench:
         norms = torch.stack([(a - b).float().norm() for a, b in zip(mine, theirs, strict=True)])
         whole = torch.stack([b.float().norm() for b in theirs])
         found["gradient"] = (norms.norm() / whole.norm()).item()
-        limit = TOLERANCE[self.pair.student.dtype]
-        for what, difference in found.items():
-            if not difference <= limit:
+        limits = TOLERANCE[self.pair.student.dtype]
+        for (what, difference), limit in zip(found.items(), limits, strict=True):
+            if not difference <= limit:  # or not a number
                 raise AssertionError(
                     f"{what} of switchkd: got {difference:.3g} of itself away from the naive "
                     f"step's on the same sequences, expected at most {limit:g}"

@@ -58,7 +58,8 @@ def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor
     (several processes must call a wrapped model equally often).
     """
     mask, ends = batch["completion_mask"], batch["attention_mask"].sum(1)
-    if mask.device.type != "cpu" or torch.distributed.is_initialized():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if mask.device.type != "cpu" or several:
         return _padded_hidden(model, decoder, batch)
     states = {}
     for rows in by_length(ends.tolist(), PASS_COST):
