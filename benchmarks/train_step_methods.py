@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from switchkd.config import SwitchConfig
 from switchkd.data import Example, Report, Row, Rows
 from switchkd.trainer import SwitchTrainer
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns that GKDTrainer may move
 try:
     from trl import __version__ as TRL_VERSION
     from trl.experimental.gkd import GKDConfig, GKDTrainer

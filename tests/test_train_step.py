@@ -10,6 +10,7 @@ from benchmarks import rollout_pairs as pairs
 from benchmarks import train_step
 from benchmarks import train_step_methods as methods
 
+pytest.importorskip("trl")
 CPU = torch.device("cpu")
 KEYS = {"pair", "method", "implementation", "phase", "ms", "peak_mb", "ratio_to_gkd"}
 T, B = 24, 3
