@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in four parts of at most ten minutes each, results under OUT:
+# Everything a GPU is needed for, in five parts of at most ten minutes each, results under OUT:
 #   bash benchmarks/on_gpu.sh check OUT     tests of the kernels on the device, doctor, memory checker
 #   bash benchmarks/on_gpu.sh measure OUT   kernels against their ceilings and other projects
 #   bash benchmarks/on_gpu.sh decode OUT    rollouts of shaped pairs against the naive loop
+#   bash benchmarks/on_gpu.sh step OUT      training steps of shaped pairs against GKD
 #   bash benchmarks/on_gpu.sh sweep OUT     launch parameters
 # Runs from a checkout, with no installation of the project: only its requirements.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?check, measure, decode or sweep} out=${2:?a folder for the results}
+part=${1:?check, measure, decode, step or sweep} out=${2:?a folder for the results}
 mkdir -p "$out"
 export PYTHONPATH=.:kernels:${PYTHONPATH:-} HF_HUB_OFFLINE=1
 python - <<'PY' | tee "$out/versions.txt"
@@ -41,11 +42,16 @@ decode)
       tee "$out/rollout-$pair.txt" | tail -n 60
   done
   ;;
+step)
+  python benchmarks/train_step.py --pair gpt2-xl qwen2.5-1.5b \
+    --json "$out/train-step.json" --csv "$out/train-step.csv" 2>&1 |
+    tee "$out/train-step.txt" | tail -n 60
+  ;;
 sweep)
   python benchmarks/sweep_kernels.py --csv "$out/sweep.csv" 2>&1 | tee "$out/sweep.txt" | tail -n 60
   ;;
 *)
-  echo "part: got $part, expected check, measure, decode or sweep" >&2
+  echo "part: got $part, expected check, measure, decode, step or sweep" >&2
   exit 2
   ;;
 esac

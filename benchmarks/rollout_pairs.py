@@ -127,10 +127,12 @@ def load_pair(
     device: torch.device,
     models: str | None = None,
     tune_again: bool = False,
+    data: str = "embedded",
 ) -> Pair:
     """The pair of that name with `count` prompts, both models on `device`, in `dtype`.
 
-    models: folder of what `smollm2` is loaded from. Shaped pairs without known knobs are tuned.
+    models: folder of what `smollm2` is loaded from; data: where its prompts are from, and those of
+    `embedded`. Shaped pairs without known knobs are tuned.
     """
     check_name(name)
     if name in SHAPES:
@@ -139,9 +141,9 @@ def load_pair(
             tune(pair)
         return pair
     if name == "embedded":
-        pair = loaded_pair("embedded", "embedded", "0", count, dtype, device)
+        pair = loaded_pair("embedded", "embedded", "0", count, dtype, device, data=data)
     else:
-        pair = smollm2(models, count, dtype, device)
+        pair = smollm2(models, count, dtype, device, data)
     pair.name = name
     return pair
 
@@ -159,6 +161,7 @@ def loaded_pair(
     dtype: torch.dtype,
     device: torch.device,
     gguf_file: str | None = None,
+    data: str = "embedded",
 ) -> Pair:
     """Folders, Hub ids or 'embedded'; layers: those that the student keeps; gguf_file: in the
     teacher's folder, and in the student's if that is the same."""
@@ -174,7 +177,7 @@ def loaded_pair(
         cut_layers(small, layers)
     theirs = tokenizer if same else load_tokenizer(teacher, **gguf(teacher))
     shared = share_vocabulary(big, small, theirs, tokenizer)
-    examples, report = read_examples("embedded", limit=count)
+    examples, report = read_examples(data, limit=count)
     rows = tokenize(
         examples, report, tokenizer, max_prompt_length=256, max_completion_length=10**6
     ).rows
@@ -186,7 +189,9 @@ def loaded_pair(
     )  # fmt: skip
 
 
-def smollm2(models: str, count: int, dtype: torch.dtype, device: torch.device) -> Pair:
+def smollm2(
+    models: str, count: int, dtype: torch.dtype, device: torch.device, data: str = "embedded"
+) -> Pair:
     """The models of examples/smollm2_dolly.yaml, as far as they are in the folder `models`: the
     teacher tuned on Dolly, else the GGUF; the distilled student, else the cut it starts from."""
     found = sorted(Path(models).rglob("SmolLM2-135M*.gguf"))
@@ -198,7 +203,7 @@ def smollm2(models: str, count: int, dtype: torch.dtype, device: torch.device) -
     else:
         raise ValueError(f"pair smollm2: got {models}, expected SmolLM2-135M*.gguf in it")
     student, layers = (str(distilled), None) if distilled.is_dir() else (teacher, "0-11,18-29")
-    pair = loaded_pair(teacher, student, layers, count, dtype, device, gguf_file)
+    pair = loaded_pair(teacher, student, layers, count, dtype, device, gguf_file, data)
     if layers:
         pair.notes.append(f"no {distilled.name} in {models}: the student is the untrained cut")
     return pair

@@ -26,11 +26,13 @@ from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelect
 from torch import Tensor, nn
 
 from switchkd.engine import Engine
+from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
 from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison
 from switchkd.slots import Record, Slots
 
 ROLES = ("teacher", "student")
+PASS_COST = 16  # of a forward pass on a CPU, in tokens of prefill
 
 
 class _Decoder:
@@ -48,8 +50,8 @@ class _Decoder:
 
         A CPU takes those of about equal length together: there a padded token costs a token.
         """
-        ratio = 0.8 if self.slots.device.type == "cpu" else 0.0
-        for part in by_length([len(p) - 1 for p in prompts], ratio):
+        cost = PASS_COST if self.slots.device.type == "cpu" else float("inf")
+        for part in by_length([len(p) - 1 for p in prompts], cost):
             self.prefill_part([slots[i] for i in part], [prompts[i][:-1] for i in part])
 
     def prefill_part(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
@@ -373,14 +375,3 @@ def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> T
         return None
     padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
     return torch.tensor(padded, device=device)
-
-
-def by_length(lengths: list[int], ratio: float) -> list[list[int]]:
-    """Indices in groups in which no length is below `ratio` times the longest; none of length 0."""
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if not groups or lengths[i] < ratio * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(i)
-    return groups

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from switchkd.data import Row
 from switchkd.distributed import hold
 from switchkd.models import decoder_of, head_of
+from switchkd.padding import by_length
+
+PASSED = ("input_ids", "attention_mask", "completion_mask")  # columns that a forward pass needs
+PASS_COST = 32  # of forward and backward on a CPU, in tokens: the weights are read once more
 
 
 def collate(
@@ -53,8 +57,26 @@ def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor
     """Hidden states (N, H) that predict the N response tokens of the batch.
 
     `model` may be wrapped (DDP, PEFT): it is called as a whole, so that its hooks run, with the
-    output head kept to one position; the states are taken where its decoder returns them.
+    output head kept to one position; the states are taken where its decoder returns them. One
+    process on a CPU takes rows of about equal length together instead of padding all to the longest
+    (several processes must call a wrapped model equally often).
     """
+    mask, ends = batch["completion_mask"], batch["attention_mask"].sum(1)
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if mask.device.type != "cpu" or several:
+        return _padded_hidden(model, decoder, batch)
+    states = {}
+    for rows in by_length(ends.tolist(), PASS_COST):
+        width = int(ends[rows[0]])
+        part = {name: batch[name][rows, :width] for name in PASSED}
+        counts = part["completion_mask"].sum(1).tolist()
+        parts = _padded_hidden(model, decoder, part).split(counts)
+        states.update(zip(rows, parts, strict=True))
+    return torch.cat([states[row] for row in range(len(mask))])
+
+
+def _padded_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor:
+    """`response_hidden` in one pass over the batch as it is."""
     seen = []
     hook = decoder.register_forward_hook(lambda _module, _args, out: seen.append(out[0]))
     try:
@@ -74,7 +96,6 @@ def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor
 def teacher_hidden(teacher: nn.Module, batch: dict) -> Tensor:
     """`response_hidden` of the teacher, from a forward pass over those rows only whose states the
     rollout has not kept."""
-    names = ("input_ids", "attention_mask", "completion_mask")
     known = batch.get("known_rows")
     if known is None:
         return response_hidden(teacher, decoder_of(teacher), batch)
@@ -83,7 +104,7 @@ def teacher_hidden(teacher: nn.Module, batch: dict) -> Tensor:
     joined = hidden.new_empty(len(of_token), hidden.shape[1])
     joined[of_token] = hidden
     if not known.all():
-        rest = {name: batch[name][~known] for name in names}
+        rest = {name: batch[name][~known] for name in PASSED}
         joined[~of_token] = response_hidden(teacher, decoder_of(teacher), rest).to(joined.dtype)
     return joined
 

@@ -89,7 +89,8 @@ def test_the_bytes_of_a_pass_by_hand(rows):
     )
     length = sum(len(p) for p in pair.prompts[:B]) / B + (T - 1) / 2
     weights = (teacher_bytes + student_bytes) / B
-    prefills = len(decoder.by_length([len(p) - 1 for p in pair.prompts[:B]], 0.8))
+    lengths = [len(p) - 1 for p in pair.prompts[:B]]
+    prefills = len(decoder.by_length(lengths, decoder.PASS_COST))
     want = {
         "naive": weights + (4096 + 1536) * length,
         "block k=1 student": weights * (T + prefills) / T + (4096 + 1536) * length,

@@ -1,0 +1,27 @@
+"""Rows of unequal length in one pass are padded; on a CPU a padded token costs what any costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def by_length(lengths: Sequence[int], pass_cost: float) -> list[list[int]]:
+    """Indices of the rows that had best share a pass, longest first; none of length 0.
+
+    The groups with the least sum of rows * longest row + pass_cost. pass_cost: what a further pass
+    costs, in tokens, because it reads all weights once more; infinite: one group.
+    """
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    cost, start = [0.0], [0]  # of the best groups of the first rows; where the last of them begins
+    for end in range(1, len(order) + 1):
+        least, first = min(
+            (cost[first] + (end - first) * lengths[order[first]] + pass_cost, first)
+            for first in range(end)
+        )
+        cost.append(least)
+        start.append(first)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
