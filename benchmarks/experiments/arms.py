@@ -12,7 +12,8 @@ METHODS = {
     "SFT": dict(method="sft"),
     "KD": dict(method="kd"),
     "GKD": dict(method="gkd"),
-    "DistiLLM": dict(method="distillm"),
+    # Its share of rollouts follows the validation loss.
+    "DistiLLM": dict(method="distillm", eval_strategy="steps", eval_steps=0.25),
     "SKD": dict(method="skd"),
     "SWITCH": dict(method="switch"),
     # K and L could not be recovered from the paper: ours, not theirs.

@@ -105,6 +105,7 @@ class Runs:
             dataset_test_split="valid" if args.eval_dataset_name == "embedded" else "validation",
             eval_strategy="no",
             save_strategy="no",
+            load_best_model_at_end=False,
             logging_steps=10,
             log_completions=False,
             disable_tqdm=True,
