@@ -21,8 +21,13 @@ def _peft():
     return peft
 
 
+def view(model: nn.Module) -> nn.Module:
+    """The model in modules of its own, with the same tensors."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def share_base(student: nn.Module, teacher: nn.Module | None, peft_config) -> nn.Module:
-    """The teacher that is `student` before it gets an adapter: own modules, the same tensors.
+    """The teacher that is `student` before it gets an adapter: a `view` of it.
 
     An adapter is put into the student's modules and leaves the tensors as they are, so nothing has
     to be switched off around the teacher's passes: a CUDA graph or a compiled function of either
@@ -37,8 +42,7 @@ def share_base(student: nn.Module, teacher: nn.Module | None, peft_config) -> nn
             f"teacher_is_base: got an adapter with bias {peft_config.bias!r}, expected 'none': "
             "training the base's biases would change the teacher"
         )
-    tensors = {id(parameter): parameter for parameter in student.parameters()}
-    return copy.deepcopy(student, tensors)
+    return view(student)
 
 
 def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
@@ -55,15 +59,6 @@ def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
             "on the head's weights and would not see its adapter"
         )
     return model
-
-
-def save_base(model: nn.Module, tokenizer, output_dir: str, write: bool) -> None:
-    """Give the adapter of a cut model a base that can be loaded: it exists nowhere else."""
-    folder = Path(output_dir) / "base"
-    if write and not folder.exists():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    model.name_or_path = str(folder.resolve())
 
 
 def find(model: str, adapter: str | None) -> tuple[str, str | None]:

@@ -243,6 +243,8 @@ class SwitchConfig(TrainingArguments):
         dtypes = (None, "float32", "bfloat16", "float16")
         need("rollout_dtype", self.rollout_dtype in dtypes, f"one of {dtypes}")
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")
+        apart = not (self.shard_teacher and self.teacher_is_base)
+        need("shard_teacher", apart, "false with teacher_is_base, whose weights are the student's")
         need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
         need("learning_rate", self.learning_rate > 0, "a number > 0")
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")

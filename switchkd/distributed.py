@@ -136,12 +136,13 @@ class Shards:
             mine = flat[rank * length : (rank + 1) * length]
             part[: len(mine)] = mine
             self.parts.append((parameter, part.to(device)))
-            self._drop(parameter)
+            self._drop(*self.parts[-1])
         model.to(device)  # what is left: buffers, and what is kept
 
     @staticmethod
-    def _drop(parameter: nn.Parameter) -> None:
-        parameter.data = parameter.data.new_full((), float("nan")).expand(parameter.shape)
+    def _drop(parameter: nn.Parameter, part: Tensor) -> None:
+        """One number on the device, seen in the parameter's shape."""
+        parameter.data = part.new_full((), float("nan")).expand(parameter.shape)
 
     def __enter__(self) -> None:
         for parameter, part in self.parts:
@@ -152,8 +153,8 @@ class Shards:
             parameter.data = full[: parameter.numel()].view(parameter.shape)
 
     def __exit__(self, *_error) -> None:
-        for parameter, _ in self.parts:
-            self._drop(parameter)
+        for parameter, part in self.parts:
+            self._drop(parameter, part)
 
 
 def with_whole_weights(method):
@@ -254,6 +255,8 @@ class ShardedTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, state_dict=whole_state(self.model, self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_fsdp_enabled:

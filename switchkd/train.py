@@ -99,6 +99,10 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     for rows in (train_rows, eval_rows):
         console.print(str(rows.report), markup=False, highlight=False)
 
+    base = None
+    if script.use_peft and script.student_layers is not None:  # what the adapter will be loaded on
+        student.name_or_path = str(Path(config.output_dir).resolve() / "base")
+        base = adapters.view(student)
     trainer = SwitchTrainer(
         model=student,
         teacher_model=teacher,
@@ -114,12 +118,13 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         print_calibration(trainer.calibrate(), unit, console)
     if resume is None and config.process_index == 0:
         begin_output(script, config)
+        for part in (base, tokenizer) if base is not None else ():
+            part.save_pretrained(student.name_or_path)
     for note in trainer.vocabulary.notes:
         console.print(f"note: {note}", markup=False)
     sizes = f"student {count_parameters(student) / 1e6:.2f} M parameters"
     if trainer.teacher is not None:
-        teacher = trainer.teacher
-        sizes = f"teacher {count_parameters(teacher) / 1e6:.2f} M, " + sizes
+        sizes = f"teacher {count_parameters(trainer.teacher) / 1e6:.2f} M, " + sizes
     rollouts = f"{config.rollout_policy} rollouts on {config.lmbda:.0%} of the rows"
     if config.adaptive_lmbda:
         rollouts += ", more when validation worsens"
@@ -244,10 +249,10 @@ def load_models(script: ScriptArguments, config: SwitchConfig):
     )
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
-        if script.use_peft:
-            adapters.save_base(student, tokenizer, config.output_dir, config.process_index == 0)
     alone = config.teacher_is_base or not config.needs_teacher
     if alone and script.teacher_model_name_or_path is None:
+        if script.teacher_quantization is not None:
+            raise ValueError("teacher_quantization: expected teacher_model_name_or_path, too")
         return tokenizer, student, None, None
     if script.teacher_model_name_or_path is None:
         raise ValueError(

@@ -70,6 +70,8 @@ def test_what_cannot_be_a_base_is_refused(tmp_path):
         make(tmp_path, teacher=False, teacher_is_base=True)
     with pytest.raises(ValueError, match="teacher_is_base: got a teacher, too"):
         base_run(tmp_path, teacher=True)
+    with pytest.raises(ValueError, match="shard_teacher: got True, expected false with"):
+        SwitchConfig(output_dir=str(tmp_path), teacher_is_base=True, shard_teacher=True)
     with pytest.raises(ValueError, match="got an adapter with bias 'all'"):
         adapters.share_base(tiny_model(), None, lora(bias="all"))
     with pytest.raises(ValueError, match="got the output head, expected layers below"):
