@@ -4,6 +4,8 @@ switch, switchkd  SwitchTrainer: block decoder, the teacher's hidden states kept
                   fused `linear_divergence_loss`
 switch, naive     both models token by token with their caches, then both forward over the finished
                   sequences, and an eager skew reverse KL on full logits
+gkd, switchkd     SwitchTrainer with the student writing alone and generalised JSD: what the teacher
+                  in the rollout costs
 gkd, trl          TRL's GKDTrainer: `generate` by the student, both forward, generalised JSD on full
                   logits; the same written out where TRL is not installed or refuses the pair
 
@@ -21,16 +23,17 @@ backward         the gradients of what is not done yet
 optimizer        clipping to norm 1, AdamW, dropping the gradients
 
 Steps are interleaved: one of each, in turning order, `repeats` times. The phases of the repeat with
-the median total are reported, with the range over the repeats; ratio_to_gkd is over the whole GKD
-step of the same repeat, the median for the step. Memory is that of a first step each, above what
-weights and optimizer take. Before anything is timed, the loss and the gradient of ours are compared
-with those of the naive step on one rollout.
+the median total are reported, with the range over the repeats; ratio_to_gkd is over the whole step
+of TRL's GKD in the same repeat, the median over the repeats. Memory is that of a first step each,
+above what was held before it: both models and the optimizer's state. Before anything is timed, the
+loss and the gradient of ours are compared with those of the naive step on one rollout.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
 import json
 import statistics
@@ -53,7 +56,6 @@ from benchmarks import rollout_pairs as pairs
 from benchmarks import train_step_methods as methods
 from benchmarks.timing import describe, dtype_name, open_device
 
-OURS, NAIVE, GKD = ("switch", "switchkd"), ("switch", "naive"), ("gkd", "trl")
 # Of loss and gradient, relative. Measured on the embedded and the toy pair: 3e-7 and 2e-6 in
 # float32, 3e-4 and 1e-2 in bfloat16.
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
@@ -85,28 +87,28 @@ class Bench:
         for model in (pair.teacher, pair.student):
             model.generation_config.eos_token_id = None
         self.phases = methods.Phases(self.device, CLOCKS[args.clock])
-        sizes = args.batch, args.max_new_tokens
-        self.ours = methods.switch_trainer(methods.TimedSwitch, pair, *sizes, folder)
-        self.naive = methods.switch_trainer(
-            methods.TimedEager, pair, *sizes, folder, decoder="naive", rollout_batch_size=args.batch
+        sizes = pair, args.batch, args.max_new_tokens
+        fused, eager = (
+            functools.partial(methods.switch_trainer, kind, *sizes, folder)
+            for kind in (methods.TimedSwitch, methods.TimedEager)
         )
-        self.gkd = methods.gkd_trainer(pair, *sizes, folder)
+        self.ours, student = fused(), {"rollout_policy": "student", "loss_type": "generalized_jsd"}
+        self.naive = eager(decoder="naive", rollout_batch_size=args.batch)
+        self.ours_gkd, self.gkd = fused(**student), methods.gkd_trainer(*sizes, folder)
         refused = methods.trl_refuses(pair)
         if refused:
             pair.notes.append(f"GKD is TRL's step written out: {refused}")
-        for trainer in (self.ours, self.naive, self.gkd):
+        for trainer in (self.ours, self.naive, self.ours_gkd, self.gkd):
             trainer.phases = self.phases
         self.phases.watch(pair.teacher, "teacher forward")
         self.phases.watch(pair.student, "student forward")
         self.optimizer = self.ours.create_optimizer()
+        by = "written out" if refused else f"trl {methods.TRL_VERSION}"
         self.steps = [
-            Measured(*OURS, methods.switch_step(self.ours)),
-            Measured(*NAIVE, methods.switch_step(self.naive)),
-            Measured(
-                "gkd",
-                "written out" if refused else f"trl {methods.TRL_VERSION}",
-                methods.gkd_step(self.gkd, pair, *sizes),
-            ),
+            Measured("switch", "switchkd", methods.switch_step(self.ours)),
+            Measured("switch", "naive", methods.switch_step(self.naive)),
+            Measured("gkd", "switchkd", methods.switch_step(self.ours_gkd)),
+            Measured("gkd", by, methods.gkd_step(self.gkd, *sizes)),
         ]
 
     def gate(self) -> dict[str, float]:
@@ -154,19 +156,17 @@ class Bench:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ours._engine.release()  # its caches are part of its step
-        gc.collect()
-        methods.give_back_memory()
-        methods.peak_bytes(self.device)
-        before = methods.peak_bytes(self.device)  # since the last call: what is held
-        for way in reversed(self.steps):  # ours last: the others run without its caches
-            _, peaks = self.step(way)
-            if before is not None:
-                peaks = {phase: x and max(x - before, 0) for phase, x in peaks.items()}
-            way.peaks = peaks
+        self.ours._engine.release()  # the caches of a step are part of it
+        for way in self.steps:
+            gc.collect()
             methods.give_back_memory()
+            methods.peak_bytes(self.device)
+            held = methods.peak_bytes(self.device)  # since the last call
+            _, peaks = self.step(way)
+            way.peaks = {phase: x if x is None else x - held for phase, x in peaks.items()}
         for i in range(self.args.repeats):
-            for way in self.steps[i % 3 :] + self.steps[: i % 3]:
+            first = i % len(self.steps)
+            for way in self.steps[first:] + self.steps[:first]:
                 way.phases.append(self.step(way)[0])
             yield
 
@@ -208,7 +208,7 @@ class Bench:
                         "ratio_to_gkd": statistics.median(ratios),
                         "ratio_low": min(ratios),
                         "ratio_high": max(ratios),
-                        "teacher_share": way.teacher_share if way.method == "switch" else None,
+                        "teacher_share": way.teacher_share,
                         **shared,
                     }
                 )

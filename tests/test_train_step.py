@@ -13,6 +13,7 @@ from benchmarks import train_step_methods as methods
 pytest.importorskip("trl")
 CPU = torch.device("cpu")
 KEYS = {"pair", "method", "implementation", "phase", "ms", "peak_mb", "ratio_to_gkd"}
+WAYS = (("switch", "switchkd"), ("switch", "naive"), ("gkd", "switchkd"), ("gkd", "trl 1"))
 T, B = 24, 3
 
 
@@ -44,10 +45,9 @@ def of(rows, method, implementation):
 
 
 def test_a_row_for_each_phase_of_each_step(files, rows):
-    ways = (("switch", "switchkd"), ("switch", "naive"), ("gkd", "trl 1"))
     phases = [*methods.PHASES, "step"]
-    assert [row["phase"] for row in rows] == phases * len(ways)
-    for way in ways:
+    assert [row["phase"] for row in rows] == phases * len(WAYS)
+    for way in WAYS:
         assert list(of(rows, *way)) == phases
     for row in rows:
         assert row.keys() >= KEYS and row.keys() == rows[0].keys()
@@ -55,11 +55,11 @@ def test_a_row_for_each_phase_of_each_step(files, rows):
         assert row["ms_low"] <= row["ms"] <= row["ms_high"]
         assert row["ms_per_token"] == pytest.approx(row["ms"] / (2 * B * T))
     with open(files[1], encoding="utf-8") as file:
-        assert [row["phase"] for row in csv.DictReader(file)] == phases * len(ways)
+        assert [row["phase"] for row in csv.DictReader(file)] == phases * len(WAYS)
 
 
 def test_phases_sum_to_the_step(rows):
-    for way in (("switch", "switchkd"), ("switch", "naive"), ("gkd", "trl")):
+    for way in WAYS:
         each = of(rows, *way)
         whole = each.pop("step")
         assert sum(row["ms"] for row in each.values()) == pytest.approx(whole["ms"])
@@ -69,8 +69,8 @@ def test_phases_sum_to_the_step(rows):
             assert row["ms"] == 0 if skipped else row["ms"] > 0
         assert whole["ratio_low"] <= whole["ratio_to_gkd"] <= whole["ratio_high"]
     assert of(rows, "gkd", "trl")["step"]["ratio_to_gkd"] == 1
-    assert of(rows, "gkd", "trl")["step"]["teacher_share"] is None
-    assert 0 < of(rows, "switch", "switchkd")["step"]["teacher_share"] < 1
+    shares = [of(rows, *way)["step"]["teacher_share"] for way in WAYS]
+    assert 0 < shares[0] == shares[1] < 1 and shares[2:] == [0, 0]
 
 
 @pytest.fixture
