@@ -76,7 +76,8 @@ def _loss_and_gradient_kernel(
             cols = first + tl.arange(0, BLOCK)
             grad = u - q * total + ce_weight * tl.where(cols == label, q - 1.0, q)
             if HEAD & 8:
-                grad *= 1.0 - (z / cap) * (z / cap)
+                share = z * (1.0 / cap)
+                grad *= 1.0 - share * share
             if HEAD & 4:
                 grad *= scale
             grad = grad.to(student_row.dtype.element_ty)

@@ -285,8 +285,9 @@ def _head_logits(
     if HEAD & 4:
         z *= pair[4]
     if HEAD & 8:
-        t = expm1(-2.0 * tl.abs(z / pair[5]))
-        z = pair[5] * tl.where(z < 0.0, t, -t) / (2.0 + t)
+        t = expm1(tl.abs(z) * (-2.0 / pair[5]))
+        root = tl.rsqrt(2.0 + t)  # its square: cheaper than a division
+        z = pair[5] * (tl.where(z < 0.0, t, -t) * root * root)
         if MASKED:  # the cap has made -inf finite
             z = tl.where(first + tl.arange(0, BLOCK) < end, z, float("-inf"))
     return z
