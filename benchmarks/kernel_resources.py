@@ -18,17 +18,16 @@ import contextlib
 import csv
 import itertools
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import networkx  # comes with torch
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 import triton
 from rich.console import Console
@@ -39,6 +38,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks.machine_code import (
+    disassemble,
+    load_bits,
+    parse_amdgcn,
+    parse_sass,
+    parse_usage,
+)
 
 TABLE = Path(__file__).parent / "results" / "kernel_resources.csv"
 TARGETS = {
@@ -194,102 +201,6 @@ def variants(names, targets) -> list[Variant]:
                     key = op, kernel, f"{describe(source)} V={vocab}", logits, target
                     found.setdefault(key, Variant(key, source, options, vocab == ALIGNED, main))
     return list(found.values())
-
-
-# ------------------------------------------------------------------------------- machine code
-
-
-class Instruction(NamedTuple):
-    load_bits: int = 0  # 0: no load from global memory
-    jump: int | None = None  # where it may go
-    falls: bool = True  # whether it may go on to the next
-
-
-_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
-_AMD_LOAD = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?")
-_AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
-
-
-def parse_sass(text: str) -> list[Instruction]:
-    """NVIDIA's disassembly, without the padding at its end."""
-    lines = [line for line in _SASS.findall(text) if line[2] != "NOP"]
-    places = {int(line[0], 16): place for place, line in enumerate(lines)}
-    code = []
-    for _, guard, opcode, operands in lines:
-        name, *modifiers = opcode.split(".")
-        bits, jump = 0, None
-        if name in ("LDG", "LDGSTS"):
-            widths = (re.fullmatch(r"[US]?(\d+)", modifier) for modifier in modifiers)
-            bits = max((int(width[1]) for width in widths if width), default=32)
-        if name in ("BRA", "CALL") and (address := re.search(r"0x([0-9a-f]+)\W*$", operands)):
-            jump = places.get(int(address[1], 16))
-        always = not guard and "," not in operands
-        code.append(Instruction(bits, jump, not (always and name in ("BRA", "EXIT", "RET"))))
-    return code
-
-
-def parse_amdgcn(text: str) -> list[Instruction]:
-    """The assembly that LLVM writes for AMD."""
-    places, lines = {}, []
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            places[label[1]] = len(lines)
-        elif instruction := re.match(r"\t([a-z]\w+)\s*([^;\n]*)", line):
-            lines.append(instruction.groups())
-    code = []
-    for opcode, operands in lines:
-        load = _AMD_LOAD.match(opcode)
-        bits = _AMD_BITS[load[1]] * int(load[2] or 1) if load else 0
-        jump = places.get(operands.strip()) if "branch" in opcode else None
-        code.append(Instruction(bits, jump, opcode not in ("s_branch", "s_endpgm")))
-    return code
-
-
-def load_bits(code: list[Instruction]) -> int:
-    """The width of the loads of global memory that read logits; see the top of this file."""
-    width = [instruction.load_bits for instruction in code]
-    flow = networkx.DiGraph()
-    for place, (_, jump, falls) in enumerate(code):
-        following = [place + 1] if falls and place + 1 < len(code) else []
-        flow.add_edges_from((place, to) for to in (*following, jump) if to is not None)
-
-    def cycles(nodes):
-        for part in networkx.strongly_connected_components(flow.subgraph(nodes)):
-            if len(part) > 1 and any(width[n] for n in part):
-                yield part
-
-    def innermost(nodes):
-        for part in cycles(nodes):
-            entries = {n for n in part if any(p not in part for p in flow.predecessors(n))}
-            yield from list(innermost(part - entries)) or [part]
-
-    def best(loop):  # the narrowest load of the turn that has the widest
-        for bits in sorted({width[n] for n in loop}, reverse=True):
-            if any(cycles({n for n in loop if width[n] == 0 or width[n] >= bits})):
-                return bits
-
-    return min(map(best, innermost(flow)), default=max(width, default=0))
-
-
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code, by the tool that comes with Triton."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def parse_usage(text: str) -> tuple[int, int]:
-    """(registers, spilled bytes) from `cuobjdump --dump-resource-usage` or from AMD assembly."""
-
-    def field(name: str) -> int:
-        return max(map(int, re.findall(rf"{re.escape(name)}:\s*(\d+)", text)), default=0)
-
-    if ".vgpr_count" in text:
-        spilled, scratch = field(".vgpr_spill_count"), field(".private_segment_fixed_size")
-        return field(".vgpr_count"), max(4 * spilled, scratch)
-    return field("REG"), max(field("STACK"), field("LOCAL"))
 
 
 def resources(variant: Variant) -> dict:

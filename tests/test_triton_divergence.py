@@ -134,7 +134,8 @@ def test_strides(form, small_blocks):
     ):
         value, _ = agree(form, teacher, student)
         dense = call(form, teacher.contiguous(), student.contiguous(), impl="triton")
-        assert torch.equal(value, dense)
+        # rows that begin at multiples of 16 bytes are summed in another order
+        torch.testing.assert_close(value, dense, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_rows_further_apart_than_32_bits(small_blocks):
@@ -320,7 +321,9 @@ def test_padding_has_no_part_in_value_or_gradient(vocab, small_blocks):
     wide_teacher = torch.cat([teacher, torch.full((2, 2), 70.0, device=DEVICE)], -1)
     value, grad = triton(form, teacher, student)
     got, wide_grad = triton(form, wide_teacher, wide, vocab_size=vocab)
-    assert torch.equal(got, value) and torch.equal(wide_grad[:, :vocab], grad)
+    near = {"rtol": 1e-5, "atol": 1e-7}  # rows that begin elsewhere are summed in another order
+    torch.testing.assert_close(got, value, **near)
+    torch.testing.assert_close(wide_grad[:, :vocab], grad, **near)
     assert not bool(wide_grad[:, vocab:].any())
 
 

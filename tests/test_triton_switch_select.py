@@ -172,7 +172,7 @@ def test_huge_offsets(cut, dtype):
 
 @pytest.mark.skipif(not ON_CPU, reason="counts calls in Triton's interpreter")
 def test_noise_is_evaluated_only_where_it_can_matter(cut, monkeypatch):
-    """Words once a block for both models, twice for two streams; logarithms where a bound says."""
+    """Once for both models, twice for two streams: words a block, logarithms where a bound says."""
     cut(16)
     calls = []
 
@@ -182,7 +182,7 @@ def test_noise_is_evaluated_only_where_it_can_matter(cut, monkeypatch):
     known, cold = {"student_token": KNOWN[:1]}, {"teacher_temperature": 0}
     peak = torch.where(torch.arange(64) == 5, 100.0, 0.0)[None]
     for options, words, logarithms in (
-        ({}, 4, 2),  # after the peak's block no other is looked at
+        ({}, 4, 1),  # after the peak's block no other is looked at
         ({"metric": "rank"}, 8, 2), ({"metric": "rank", **known}, 4, 1), (cold, 4, 1),
         (cold | known, 0, 0), ({"teacher_token": KNOWN[:1]} | known, 0, 0),
     ):  # fmt: skip
@@ -263,7 +263,8 @@ def test_gumbel_of_extreme_words_and_its_bound():
     u = ((words.float() + 0.5).double() * 2.0**-32).clamp(max=1 - 2.0**-24)
     truth = -(-torch.log1p(-u)).log()
     assert within_4_ulp(values, truth)  # all are finite, 22.9 at most
-    assert bool((bound >= values).all()) and bool((bound - truth < 0.1)[u < 0.01].all())
+    tight = (words >= 64) & (u < 0.01)  # below, it is for the word itself, not for word + 1/2
+    assert bool((bound >= values).all()) and bool((bound - truth < 0.1)[tight].all())
 
 
 @pytest.mark.parametrize(("metric", "splits"), [("jsd", 1), ("jsd", 2), ("kl", 1), ("rank", 1)])

@@ -100,6 +100,16 @@ def at_most(registers: int, device: torch.device) -> dict:
     return {} if torch.version.hip or device.type == "xpu" else {"maxnreg": registers}
 
 
+def layout(vocab_size: int, block: int, *logits: Tensor) -> dict:
+    """How kernels read blocks of rows of logits. GROUP: logits that a thread loads in one piece, 16
+    bytes of them where all rows begin at multiples of 16 entries (as Triton sees it), else one.
+    EVEN: and no row ends within a piece."""
+    if any(z.data_ptr() % 16 or z.stride(0) % 16 for z in logits):
+        return {"GROUP": 1, "EVEN": False}
+    group = min(block, 16 // max(z.element_size() for z in logits))
+    return {"GROUP": group, "EVEN": vocab_size % 16 == 0 and block >= 16}
+
+
 def warps(count: int) -> int:
     """Half as many on AMD, whose warps are twice as wide: a thread then still has 16 bytes to load
     in one piece."""

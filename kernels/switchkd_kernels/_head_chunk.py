@@ -12,7 +12,12 @@ import torch
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels._tl import load_pair, tl, triton
+from switchkd_kernels._tl import (
+    load_pair,
+    tl,
+    triton,
+)
+from switchkd_kernels._tl_rowwise import pair_of
 from switchkd_kernels.divergence_loss import (
     BLOCK,
     MORE_REGISTERS,
@@ -42,7 +47,7 @@ def _loss_and_gradient_kernel(
     teacher_ptr, student_ptr, teacher_bias_ptr, student_bias_ptr, label_ptr, loss_ptr,
     V, stride_t, stride_s, weight, scale, cap, ce_weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, HAS_LABEL: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of both heads' products: its loss, and the student's overwritten by its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -50,12 +55,15 @@ def _loss_and_gradient_kernel(
     pair = (
         teacher_ptr + row * stride_t, student_row, teacher_bias_ptr, student_bias_ptr, scale, cap
     )  # fmt: skip
-    teacher, student = softmaxes(pair, V, HEAD, BLOCK)
-    loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, HEAD, NEEDS_GRAD, BLOCK)
+    teacher, student = softmaxes(pair, V, HEAD, GROUP, EVEN, BLOCK)
+    relation = pair_of(teacher, student)
+    loss, total = totals(
+        pair, V, teacher, student, relation, weight, KIND, DETACH, HEAD, NEEDS_GRAD, EVEN, BLOCK
+    )
     label = -1
     if HAS_LABEL:
         label = tl.load(label_ptr + row).to(tl.int32)
-        _teacher, mine = load_pair(pair, label, V, HEAD, 1)
+        _teacher, mine = load_pair(pair, label, V, HEAD, False, 1)
         loss -= ce_weight * tl.sum((mine - student[0]) - tl.log(student[1]), 0)
     tl.store(loss_ptr + row, loss)
     if NEEDS_GRAD:
@@ -63,12 +71,13 @@ def _loss_and_gradient_kernel(
             tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
         for first in tl.range(0, V, BLOCK):
             _, u, q, z = terms_block(
-                pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
+                pair, first, V, relation, weight, KIND, DETACH, HEAD, EVEN, BLOCK
             )
             cols = first + tl.arange(0, BLOCK)
             grad = u - q * total + ce_weight * tl.where(cols == label, q - 1.0, q)
             if HEAD & 8:
-                grad *= 1.0 - (z / cap) * (z / cap)
+                share = z * (1.0 / cap)
+                grad *= 1.0 - share * share
             if HEAD & 4:
                 grad *= scale
             grad = grad.to(student_row.dtype.element_ty)
@@ -94,7 +103,8 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
             options.weight, options.logit_scale, options.softcap, options.ce_weight,
             KIND=options.kind, DETACH=options.detach,
             HEAD=sum(flag << i for i, flag in enumerate(flags)), HAS_LABEL=labels is not None,
-            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=backend.warps(WARPS), **registers,
+            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=backend.warps(WARPS),
+            **backend.layout(options.vocab_size, BLOCK, teacher, student), **registers,
         )  # fmt: skip
     return loss, student
 

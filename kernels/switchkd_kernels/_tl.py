@@ -1,7 +1,7 @@
-"""Triton and the device functions that the kernels share: noise, softmax, mathematics of a pair.
+"""Triton and the device functions that the kernels share: logarithms, noise, loads, softmax.
 
-The Triton twin of noise.py and rowwise.py. Where Triton is not installed a stand-in lets kernels be
-defined, never run. Float32 throughout; formulas and notation (p, q, d) as in rowwise.py.
+The Triton twin of noise.py. Where Triton is not installed a stand-in lets kernels be defined, never
+run. Float32 throughout.
 """
 
 try:
@@ -33,31 +33,65 @@ def exp(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x > -1 and to one or two roundings: log(w) + (x - (w - 1)), w = 1 + x rounded.
-
-    The correction, what rounding took from x, is exact; it matters where w is near 1, and there its
-    division by w does not.
-    """
-    w = 1.0 + x
-    return tl.log(w) + (x - (w - 1.0))
+def _log_split(w):
+    """(n 2^23, f) with w = 2^n (1 + f), 1 + f in [1/sqrt 2, sqrt 2), for w > 0: integer steps."""
+    bits = w.to(tl.int32, bitcast=True)
+    power = (bits - 0x3F3504F3) & -0x800000
+    return power, (bits - power).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
-def exp_tail(x):
-    """(e^x - 1 - x) / (x^2 / 2) = 1 + x/3 + x^2/12 + ... for |x| < 1/2."""
-    s = 1.0 + x * (1.0 / 9)
-    s = 1.0 + x * (1.0 / 8) * s
-    s = 1.0 + x * (1.0 / 7) * s
-    s = 1.0 + x * (1.0 / 6) * s
-    s = 1.0 + x * (1.0 / 5) * s
-    s = 1.0 + x * (1.0 / 4) * s
-    return 1.0 + x * (1.0 / 3) * s
+def _log_bend(f):
+    """log(1 + f) - f for 1/sqrt 2 <= 1 + f < sqrt 2: minimax, within 3e-7 of itself."""
+    b = -0.14212730526924133 + f * 0.0890195295214653
+    b = 0.14820295572280884 + f * b
+    b = -0.1658124178647995 + f * b
+    b = 0.19972553849220276 + f * b
+    b = -0.25001394748687744 + f * b
+    b = 0.33333665132522583 + f * b
+    b = -0.4999999701976776 + f * b
+    return f * f * b
+
+
+@triton.jit
+def log(w):
+    """log w for w > 0 that is normal and finite; the library's costs twice as much."""
+    power, f = _log_split(w)
+    return power.to(tl.float32) * 8.262958294867817e-08 + (f + _log_bend(f))
+
+
+@triton.jit
+def log1p_parts(x):
+    """(log(1 + x), whether 1 + x in [1/sqrt 2, sqrt 2), there log(1 + x) - x) for x > -1.
+
+    There what rounding takes from 1 + x does not enter, and the last has all its digits.
+    """
+    power, f = _log_split(1.0 + x)
+    near = power == 0
+    f = tl.where(near, x, f)
+    b = _log_bend(f)
+    return power.to(tl.float32) * 8.262958294867817e-08 + (f + b), near, b
+
+
+@triton.jit
+def log1p(x):
+    value, _near, _bend = log1p_parts(x)
+    return value
+
+
+@triton.jit
+def exp_bend(x):
+    """(e^x - 1 - x) / x^2 for |x| < 1/2: minimax, within 2e-8 of itself."""
+    s = 0.0013981998199597 + x * 0.00019875625730492175
+    s = 0.008333452045917511 + x * s
+    s = 0.04166579619050026 + x * s
+    s = 0.1666666567325592 + x * s
+    return 0.5 + x * s
 
 
 @triton.jit
 def expm1(x):
-    return tl.where(tl.abs(x) < 0.5, x + 0.5 * x * x * exp_tail(x), exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, x + x * x * exp_bend(x), exp(x) - 1.0)
 
 
 # ------------------------------------------------------------------------------- noise
@@ -67,21 +101,28 @@ def expm1(x):
 def noise_words(seed, first, counter, STREAM: tl.constexpr, BLOCK: tl.constexpr):
     """Philox words of tokens first .. first + BLOCK - 1, first divisible by 4: four (BLOCK // 4,)
     uint32, the k-th for tokens first + 4 i + k. Key and counter as in noise.py; `counter` is
-    (position, sequence id)."""
+    (position, sequence id). Both halves of a product by one instruction, which tl.philox needs two
+    for."""
     position, sequence = counter
-    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = block * 0
-    high = ((sequence >> 32) | (STREAM << 24)).to(tl.uint32)
-    return tl.philox(
-        seed, block, position.to(tl.uint32) + zero, sequence.to(tl.uint32) + zero, high + zero
-    )
+    w0 = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    w1 = position.to(tl.uint32)
+    w2 = sequence.to(tl.uint32)
+    w3 = ((sequence >> 32) | (STREAM << 24)).to(tl.uint32)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a, b = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
+        w0, w1 = (b >> 32).to(tl.uint32) ^ w1 ^ key0, b.to(tl.uint32)
+        w2, w3 = (a >> 32).to(tl.uint32) ^ w3 ^ key1, a.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return w0, w1, w2, w3
 
 
 @triton.jit
 def gumbel_of(word):
     """-log(-log1p(-u)), u = min((float32(word) + 1/2) 2^-32, 1 - 2^-24); falls as word rises."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
-    return -tl.log(-log1p(-u))
+    return -log(-log1p(-u))
 
 
 def with_inverse(temperature: float) -> tuple[float, float]:
@@ -102,10 +143,11 @@ def tempered(z, temperature):
 def gumbel_bound(word):
     """At least gumbel_of(word), by up to 0.1 and a few per cent of u, with no logarithm.
 
-    G <= -log u, and the bits of a float, read as an integer, are 2^23 (127 + log2) from below.
+    G <= -log u, and the bits of a float, read as an integer, are 2^23 (127 + log2) from below. For
+    word 0 it is 110.
     """
-    bits = (word.to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    return (159.0 - bits.to(tl.float32) * 1.1920928955078125e-07) * 0.6931471805599453 + 1e-4
+    bits = word.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits.to(tl.float32) * -8.262958294867817e-08 + 110.2105
 
 
 @triton.jit
@@ -123,16 +165,38 @@ def argmax_step(y, first, best):
 
 
 @triton.jit
-def noisy_step(z, temperature, first, words, best):
-    """`argmax_step` of z / T + G. Evaluates the noise (two logarithms an entry) only in a block
-    that could win, by a bound for each four entries that share a counter: their largest logit,
-    their least word."""
+def noise_bounds(words):
+    """(BLOCK // 4,): at least the noise of each four tokens that share a counter."""
     w0, w1, w2, w3 = words
-    least = tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3))
+    return gumbel_bound(tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)))
+
+
+@triton.jit
+def _need(best):
+    """What a sum with one or two roundings must exceed for its exact value to exceed the best."""
+    return best[0] - tl.abs(best[0]) * 1e-6 - 1e-4
+
+
+@triton.jit
+def could_win(z, temperature, bounds, best):
+    """(BLOCK // 4,) of 0 and 1: for each four tokens, whether their largest logit and the bound on
+    their noise leave room for one that wins."""
     top = tl.max(tl.reshape(z, (z.shape[0] // 4, 4)), 1)
-    if tl.max(tempered(top, temperature) + gumbel_bound(least), 0) > best[0]:
-        y = tempered(z, temperature) + gumbel_of(in_order(w0, w1, w2, w3))
-        best = argmax_step(y, first, best)
+    return (top * temperature[1] + bounds > _need(best)).to(tl.int32)
+
+
+@triton.jit
+def block_noise(words):
+    """(BLOCK,) G from the words of a block: two logarithms a token."""
+    w0, w1, w2, w3 = words
+    return gumbel_of(in_order(w0, w1, w2, w3))
+
+
+@triton.jit
+def noisy_step(z, temperature, first, noise, best):
+    """`argmax_step` of z / T + G; no exact quotient and no index where none of them wins."""
+    if tl.max(z * temperature[1] + noise, 0) > _need(best):
+        best = argmax_step(tempered(z, temperature) + noise, first, best)
     return best
 
 
@@ -140,79 +204,113 @@ def noisy_step(z, temperature, first, words, best):
 
 
 @triton.jit
-def _load(ptr, cols, end, fill, MASKED: tl.constexpr):
-    """Entries of `cols` in float32. Without a mask where a block lies inside: a bound that is not a
-    multiple of 16 would keep the loads from being 16 bytes wide."""
+def _load(ptr, first, end, FILL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK entries from `first` on in float32, FILL from `end` on."""
+    cols = first + tl.arange(0, BLOCK)
     if MASKED:
-        z = tl.load(ptr + cols, mask=cols < end, other=fill)
+        z = tl.load(ptr + cols, mask=cols < end, other=FILL)
     else:
         z = tl.load(ptr + cols)
     return z.to(tl.float32)
 
 
 @triton.jit
-def load_block(row_ptr, first, end, BLOCK: tl.constexpr):
-    """A block of one row's logits, -inf from `end` on. Only the load comes in two kinds: a sweep
-    written out for whole blocks and for the rest takes twice the code and more registers."""
-    cols = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= end:
-        z = _load(row_ptr, cols, end, float("-inf"), False)
+def _load_even(row_ptr, first, end, BLOCK: tl.constexpr):
+    """As `_load`, of a row of logits that begins at a multiple of 16 bytes, for `first` and `end`
+    that are multiples of 16: a mask leaves its loads 16 bytes wide, so that there is no branch and
+    they are on their way while other work is done. Two bfloat16, each the upper half of a float32,
+    are read as one integer: to take it apart costs one instruction for each."""
+    if row_ptr.dtype.element_ty == tl.bfloat16:
+        pairs = first // 2 + tl.arange(0, BLOCK // 2)
+        ptr = row_ptr.to(tl.pointer_type(tl.uint32))
+        two = tl.load(ptr + pairs, mask=pairs < end // 2, other=0xFF80FF80)  # -inf
+        low = (two << 16).to(tl.float32, bitcast=True)
+        z = tl.interleave(low, (two & 0xFFFF0000).to(tl.float32, bitcast=True))
     else:
-        z = _load(row_ptr, cols, end, float("-inf"), True)
+        z = _load(row_ptr, first, end, float("-inf"), True, BLOCK)
     return z
 
 
 @triton.jit
-def load_pair(pair, first, end, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of (teacher, student) logits, -inf from `end` on. pair: the two row pointers; where
+def load_block(row_ptr, first, end, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of one row's logits, -inf from `end` on. Where not EVEN it is only masked where it
+    must be; a sweep written out for whole blocks and for the rest would be twice the code."""
+    if EVEN:
+        z = _load_even(row_ptr, first, end, BLOCK)
+    elif first + BLOCK <= end:
+        z = _load(row_ptr, first, end, float("-inf"), False, BLOCK)
+    else:
+        z = _load(row_ptr, first, end, float("-inf"), True, BLOCK)
+    return z
+
+
+@triton.jit
+def load_pair(pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of (teacher, student) logits, as `load_block`. pair: the two row pointers; where
     HEAD is not 0 they point at h W^T, and two bias pointers, a scale and a cap follow:
     z = cap tanh(scale (h W^T + b) / cap). HEAD is a sum: teacher bias 1, student bias 2, scale 4,
     cap 8, no teacher 16."""
-    cols = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= end:
-        zt, zs = _load_both(pair, cols, end, HEAD, False)
+    if EVEN:
+        zt, zs = _load_both(pair, first, end, HEAD, True, True, BLOCK)
+    elif first + BLOCK <= end:
+        zt, zs = _load_both(pair, first, end, HEAD, False, False, BLOCK)
     else:
-        zt, zs = _load_both(pair, cols, end, HEAD, True)
+        zt, zs = _load_both(pair, first, end, HEAD, False, True, BLOCK)
     return zt, zs
 
 
 @triton.jit
-def _load_both(pair, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    zs = _head_logits(pair, 1, cols, end, HEAD, MASKED)
+def _load_both(
+    pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    zs = _head_logits(pair, 1, first, end, HEAD, EVEN, MASKED, BLOCK)
     zt = zs
     if not HEAD & 16:
-        zt = _head_logits(pair, 0, cols, end, HEAD, MASKED)
+        zt = _head_logits(pair, 0, first, end, HEAD, EVEN, MASKED, BLOCK)
     return zt, zs
 
 
 @triton.jit
-def _head_logits(pair, SIDE: tl.constexpr, cols, end, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    z = _load(pair[SIDE], cols, end, float("-inf"), MASKED)
+def _head_logits(
+    pair, SIDE: tl.constexpr, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if EVEN:
+        z = _load_even(pair[SIDE], first, end, BLOCK)
+    else:
+        z = _load(pair[SIDE], first, end, float("-inf"), MASKED, BLOCK)
     if HEAD & (1 << SIDE):
-        z += _load(pair[2 + SIDE], cols, end, 0.0, MASKED)
+        z += _load(pair[2 + SIDE], first, end, 0.0, MASKED, BLOCK)
     if HEAD & 4:
         z *= pair[4]
     if HEAD & 8:
-        t = expm1(-2.0 * tl.abs(z / pair[5]))
-        z = pair[5] * tl.where(z < 0.0, t, -t) / (2.0 + t)
+        t = expm1(tl.abs(z) * (-2.0 / pair[5]))
+        root = tl.rsqrt(2.0 + t)  # its square: cheaper than a division
+        z = pair[5] * (tl.where(z < 0.0, t, -t) * root * root)
         if MASKED:  # the cap has made -inf finite
-            z = tl.where(cols < end, z, float("-inf"))
+            z = tl.where(first + tl.arange(0, BLOCK) < end, z, float("-inf"))
     return z
 
 
 @triton.jit
-def softmax_start(BLOCK: tl.constexpr):
-    """(maximum, sum of e^(z - maximum)) of nothing, kept apart for each of BLOCK lanes: a sweep
-    then needs no reduction, no barrier and one exponential an entry."""
-    return tl.full((BLOCK,), -3.4028234663852886e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
+def softmax_start(BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """(maximum, sum of e^(z - maximum)) of nothing, for each GROUP neighbours of BLOCK logits.
+
+    GROUP logits that one load brings to a thread share a maximum: a sweep then needs no reduction
+    between threads, no barrier and little more than one exponential a logit.
+    """
+    top = tl.full((BLOCK // GROUP,), -3.4028234663852886e38, tl.float32)
+    return top, tl.zeros((BLOCK // GROUP,), tl.float32)
 
 
 @triton.jit
-def softmax_step(z, lanes):
-    """`lanes` after one more block: of e^(z - new) and e^(old - new) one is always 1."""
+def softmax_step(z, lanes, GROUP: tl.constexpr):
+    """`lanes` after one more block."""
     top, total = lanes
-    e = exp(-tl.abs(z - top))
-    return tl.maximum(top, z), tl.where(z > top, total * e + 1.0, total + e)
+    z = tl.reshape(z, (z.shape[0] // GROUP, GROUP))
+    new = tl.maximum(top, tl.max(z, 1))
+    return new, total * exp(top - new) + tl.sum(exp(z - new[:, None]), 1)
 
 
 @triton.jit
@@ -224,107 +322,17 @@ def softmax_end(lanes):
 
 
 @triton.jit
+def first_of_largest(
+    row_ptr, tops, places, top, end, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(largest logit, its first token) of a row whose groups of lanes met their largest, `tops`,
+    in the blocks that start at `places`."""
+    place = tl.min(tl.where(tops == top, places, end), 0)
+    z = load_block(row_ptr, place, end, EVEN, BLOCK)
+    token = tl.min(tl.where(z == top, place + tl.arange(0, BLOCK), end - 1), 0)
+    return top, token  # the last token of a row that has no largest
+
+
+@triton.jit
 def is_distribution(total):
     return (total > 0.0) & (total < float("inf"))
-
-
-@triton.jit
-def compare(zt, zs, t_top, t_total, s_top, s_total):
-    """(p, q, d, e): probabilities, d = log q - log p (0 where both vanish), e = e^-|d|.
-
-    The larger of p and q by one exponential, the smaller as its product with e. d is the difference
-    of the logits, less that of the maxima, which takes any offset with it, less that of the logs of
-    the sums, which errs by about one rounding.
-    """
-    d = ((zs - zt) - (s_top - t_top)) - tl.log(s_total / t_total)
-    d = tl.where(d == d, d, 0.0)  # -inf in both rows
-    e = exp(-tl.abs(d))
-    q_leads = d > 0.0
-    larger = exp(tl.where(q_leads, zs - s_top, zt - t_top))
-    larger *= tl.where(q_leads, 1.0 / s_total, 1.0 / t_total)
-    return tl.where(q_leads, larger * e, larger), tl.where(q_leads, larger, larger * e), d, e
-
-
-# ------------------------------------------------------------------------------- divergences
-
-
-@triton.jit
-def jsd_terms(p, q, d, e):
-    """m h(tanh(d / 2)) with m = (p + q) / 2 and h(tanh s) = s tanh s - log cosh s, even in d.
-
-    |d| < 1/2: series in s^2. Else, with x = max(p, q) and e = e^-|d|, the same terms gathered:
-    x / 2 [(1 + e) (ln 2 - log1p(e)) - |d| e], which loses less than a digit there. For e <= e^-1/2
-    log1p(e) = 2 atanh(t), t = e / (2 + e), is a short series; a library logarithm costs thrice.
-    """
-    s2 = 0.25 * d * d
-    near = 0.5 + s2 * (-0.25 + s2 * (1.0 / 9 + s2 * (-17.0 / 360 + s2 * (31.0 / 1575))))
-    near *= s2 * (p + q) * 0.5
-    t = e / (2.0 + e)
-    t2 = t * t
-    log = 2.0 + t2 * (2.0 / 3 + t2 * (2.0 / 5 + t2 * (2.0 / 7 + t2 * (2.0 / 9 + t2 * (2.0 / 11)))))
-    far = (1.0 + e) * (0.6931471805599453 - t * log)
-    far -= tl.minimum(tl.abs(d), 100.0) * e  # not inf * 0
-    return tl.where(s2 < 0.0625, near, 0.5 * tl.maximum(p, q) * far)
-
-
-@triton.jit
-def kl_terms(x, y, e):
-    """Terms y - x - x e >= 0 of KL(x||y), e = log y - log x; a series near e = 0."""
-    near = 0.5 * x * e * e * exp_tail(e)
-    terms = tl.where(tl.abs(e) < 0.5, near, y - x - x * e)
-    return tl.where(x > 0.0, terms, y)
-
-
-@triton.jit
-def log_mix(d, e, weight):
-    """log(w + (1 - w) e^d) = log1p((1 - w) (e^d - 1)) = d + log1p(w (e^-d - 1)), 0 < w < 1.
-
-    With e = e^-|d|. The first form never cancels, the second never overflows.
-    """
-    large = d > 1.0
-    x = tl.where(large, weight * (e - 1.0), (1.0 - weight) * expm1(tl.minimum(d, 1.0)))
-    return log1p(x) + tl.where(large, d, 0.0)
-
-
-@triton.jit
-def difference(p, q, d):
-    """q - p, without cancellation where they are near."""
-    near = tl.abs(d) < 0.5
-    small = tl.where(near, d, 0.0)
-    return tl.where(near, p * (small + 0.5 * small * small * exp_tail(small)), q - p)
-
-
-@triton.jit
-def divergence_terms(p, q, d, e, weight, KIND: tl.constexpr, DETACH: tl.constexpr):
-    """Terms of rowwise.values, and u = q dL/dq of rowwise.gradients: dL/dz = u - q sum u.
-
-    The two share their logarithms. For KL(p||q) u is q - p, the gradient itself: the sum that is
-    taken off is 0 but for rounding, which it takes off, too.
-    """
-    if KIND == "cross_entropy":  # no teacher, and its own terms are added elsewhere
-        return p * 0.0, p * 0.0
-    elif KIND == "kl_teacher_student":
-        return kl_terms(p, q, d), difference(p, q, d)
-    elif KIND == "kl_student_teacher":
-        return kl_terms(q, p, -d), tl.where(q > 0.0, q * d, 0.0)
-    elif KIND == "tvd":
-        sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
-        return 0.5 * tl.abs(difference(p, q, d)), q * sign
-    elif KIND == "skew_kl":
-        mix = log_mix(d, e, weight)  # log m / p
-        u = (weight - 1.0) * q * expm1(-mix)
-        return kl_terms(p, weight * p + (1.0 - weight) * q, mix), u
-    elif KIND == "skew_reverse_kl":
-        mix = log_mix(-d, e, weight)  # log m / q
-        u = mix if DETACH else mix + weight * expm1(-mix)
-        value = kl_terms(q, (1.0 - weight) * p + weight * q, mix)
-        return value, tl.where(q > 0.0, -q * u, 0.0)
-    elif KIND == "jsd":
-        return jsd_terms(p, q, d, e), tl.where(q > 0.0, -0.5 * q * log_mix(-d, e, 0.5), 0.0)
-    else:
-        tl.static_assert(KIND == "generalized_jsd")
-        m, mix = weight * p + (1.0 - weight) * q, log_mix(-d, e, 1.0 - weight)
-        value = weight * kl_terms(p, m, log_mix(d, e, weight)) + (1.0 - weight) * kl_terms(
-            q, m, mix
-        )
-        return value, tl.where(q > 0.0, (weight - 1.0) * q * mix, 0.0)

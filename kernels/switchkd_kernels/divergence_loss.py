@@ -4,7 +4,7 @@
     dL/dz_v = g (u_v - q_v sum_w u_w)      l and u: rowwise.py
 
 Forward reads both rows twice, first for their softmax, then for L and sum u, and saves five floats
-a row (maximum and sum of either softmax, sum u); backward reads once and writes the gradient.
+a row (what relates the rows, `pair_of`, and sum u); backward reads once and writes the gradient.
 """
 
 import torch
@@ -14,8 +14,6 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
-    compare,
-    divergence_terms,
     is_distribution,
     load_pair,
     softmax_end,
@@ -24,6 +22,7 @@ from switchkd_kernels._tl import (
     tl,
     triton,
 )
+from switchkd_kernels._tl_rowwise import compare, divergence_terms, pair_of
 from switchkd_kernels.rowwise import Form, form_of, gradients, in_base, values
 from switchkd_kernels.rowwise import compare as compare_rows
 
@@ -36,38 +35,44 @@ BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 
 
 @triton.jit
-def softmaxes(pair, V, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+def softmaxes(
+    pair, V,
+    HEAD: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """First sweep: (maximum, sum of exponentials) of either row."""
-    teacher, student = softmax_start(BLOCK), softmax_start(BLOCK)
+    teacher, student = softmax_start(BLOCK, GROUP), softmax_start(BLOCK, GROUP)
     for first in tl.range(0, V, BLOCK):
-        zt, zs = load_pair(pair, first, V, HEAD, BLOCK)
-        teacher, student = softmax_step(zt, teacher), softmax_step(zs, student)
+        zt, zs = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+        teacher, student = softmax_step(zt, teacher, GROUP), softmax_step(zs, student, GROUP)
     return softmax_end(teacher), softmax_end(student)
 
 
 @triton.jit
 def terms_block(
-    pair, first, V, teacher, student, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    pair, first, V, relation, weight,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block: terms of L, u, q and the student's logits."""
-    zt, zs = load_pair(pair, first, V, HEAD, BLOCK)
-    p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
-    value, u = divergence_terms(p, q, d, e, weight, KIND, DETACH)
+    zt, zs = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+    log_p, log_q, d = compare(zt, zs, relation)
+    value, u, q = divergence_terms(log_p, log_q, d, weight, KIND, DETACH)
     return value, u, q, zs
 
 
 @triton.jit
 def totals(
-    pair, V, teacher, student, weight,
+    pair, V, teacher, student, relation, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Second sweep: L, and sum u that the gradient takes off; NaN for a row that defines none."""
+    """Second sweep, from the last block, which is still in the cache, to the first: L, and sum u
+    that the gradient takes off; NaN for a row that defines none."""
     terms, scores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for first in tl.range(0, V, BLOCK):
+    last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
+    for back in tl.range(0, V, BLOCK):
         value, u, _, _ = terms_block(
-            pair, first, V, teacher, student, weight, KIND, DETACH, HEAD, BLOCK
+            pair, last - back, V, relation, weight, KIND, DETACH, HEAD, EVEN, BLOCK
         )
         terms += value
         if NEEDS_GRAD:
@@ -85,7 +90,7 @@ def _forward_kernel(
     loss_ptr, saved_ptr,  # out
     rows, V, stride_t, stride_s, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kept = True
@@ -95,13 +100,16 @@ def _forward_kernel(
             tl.store(loss_ptr + row, 0.0)
     if kept:
         pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
-        teacher, student = softmaxes(pair, V, 0, BLOCK)
-        loss, total = totals(pair, V, teacher, student, weight, KIND, DETACH, 0, NEEDS_GRAD, BLOCK)
+        teacher, student = softmaxes(pair, V, 0, GROUP, EVEN, BLOCK)
+        relation = pair_of(teacher, student)
+        loss, total = totals(
+            pair, V, teacher, student, relation, weight, KIND, DETACH, 0, NEEDS_GRAD, EVEN, BLOCK
+        )
         tl.store(loss_ptr + row, loss)
-        tl.store(saved_ptr + row, teacher[0])
-        tl.store(saved_ptr + rows + row, teacher[1])
-        tl.store(saved_ptr + 2 * rows + row, student[0])
-        tl.store(saved_ptr + 3 * rows + row, student[1])
+        tl.store(saved_ptr + row, relation[0])
+        tl.store(saved_ptr + rows + row, relation[1])
+        tl.store(saved_ptr + 2 * rows + row, relation[2])
+        tl.store(saved_ptr + 3 * rows + row, relation[3])
         tl.store(saved_ptr + 4 * rows + row, total)
 
 
@@ -110,7 +118,8 @@ def _backward_kernel(
     teacher_ptr, student_ptr, mask_ptr, saved_ptr, upstream_ptr,  # in
     grad_ptr,  # out
     rows, V, width, stride_t, stride_s, stride_g, stride_upstream, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row's gradient; zeros in masked rows and in the padding from V to width."""
     row = tl.program_id(0).to(tl.int64)
@@ -122,11 +131,12 @@ def _backward_kernel(
     grad = tl.zeros((BLOCK,), tl.float32)
     if kept:
         pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
-        teacher = tl.load(saved_ptr + row), tl.load(saved_ptr + rows + row)
-        student = tl.load(saved_ptr + 2 * rows + row), tl.load(saved_ptr + 3 * rows + row)
+        t_top, t_log = tl.load(saved_ptr + row), tl.load(saved_ptr + rows + row)
+        s_top, log_ratio = tl.load(saved_ptr + 2 * rows + row), tl.load(saved_ptr + 3 * rows + row)
+        relation = t_top, t_log, s_top, log_ratio
         total = tl.load(saved_ptr + 4 * rows + row)
         upstream = tl.load(upstream_ptr + row * stride_upstream).to(tl.float32)
-        _, u, q, _ = terms_block(pair, first, V, teacher, student, weight, KIND, DETACH, 0, BLOCK)
+        _, u, q, _ = terms_block(pair, first, V, relation, weight, KIND, DETACH, 0, EVEN, BLOCK)
         grad = upstream * (u - q * total)
         grad = tl.where(cols < V, grad, 0.0)
     grad_row = grad_ptr + row * stride_g
@@ -140,8 +150,8 @@ def _forward(
     """(M,) nats, 0 in masked rows, and (5, M) floats for backward."""
     rows = student.shape[0]
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    aligned = vocab_size % 16 == teacher.stride(0) % 16 == student.stride(0) % 16 == 0
-    options = {} if aligned else backend.at_most(MORE_REGISTERS, student.device)
+    layout = backend.layout(vocab_size, BLOCK, teacher, student)
+    options = {} if layout["EVEN"] else backend.at_most(MORE_REGISTERS, student.device)
     empty = torch.empty if mask is None else torch.zeros  # a masked row saves nothing
     saved = empty(5, rows, dtype=torch.float32, device=student.device)
     with backend.on(student.device):
@@ -149,7 +159,7 @@ def _forward(
             teacher, student, mask, loss, saved,
             rows, vocab_size, teacher.stride(0), student.stride(0), weight,
             KIND=kind, DETACH=detach, HAS_MASK=mask is not None, NEEDS_GRAD=needs_grad,
-            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **options,
+            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout, **options,
         )  # fmt: skip
     return loss, saved
 
@@ -160,12 +170,13 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     rows, width = student.shape
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    even = backend.layout(vocab_size, BACKWARD_BLOCK, teacher, student)["EVEN"]
     with backend.on(student.device):
         _backward_kernel[(rows, triton.cdiv(width, BACKWARD_BLOCK))](
             teacher, student, mask, saved, upstream, grad,
             rows, vocab_size, width, teacher.stride(0), student.stride(0), grad.stride(0),
             upstream.stride(0), weight,
-            KIND=kind, DETACH=detach, HAS_MASK=mask is not None,
+            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, EVEN=even,
             BLOCK=BACKWARD_BLOCK, num_warps=backend.warps(BACKWARD_WARPS),
         )  # fmt: skip
     return grad

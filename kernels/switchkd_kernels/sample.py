@@ -18,10 +18,13 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
-    argmax_step,
+    block_noise,
+    could_win,
     exp,
+    first_of_largest,
     is_distribution,
     load_block,
+    noise_bounds,
     noise_words,
     noisy_step,
     softmax_end,
@@ -43,14 +46,16 @@ BLOCK, WARPS = 2048, 8
 @triton.jit
 def _draw(
     row_ptr, V, floor, below, seed, counter, temperature,
-    GREEDY: tl.constexpr, FILTERED: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, FILTERED: tl.constexpr, STREAM: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x >= floor and > below; of
     z and the largest z / T + G where not FILTERED."""
-    lanes = softmax_start(BLOCK)
+    lanes = softmax_start(BLOCK, GROUP)
+    places = tl.zeros((BLOCK // GROUP,), tl.int32)  # blocks where the maxima were met
     best = float("-inf"), V * 0
     for first in tl.range(0, V, BLOCK):
-        x = load_block(row_ptr, first, V, BLOCK)
+        x = load_block(row_ptr, first, V, EVEN, BLOCK)
         rest = temperature  # what is left to divide by
         can_win = True
         if FILTERED:
@@ -58,35 +63,41 @@ def _draw(
             rest = 1.0, 1.0
             x = tl.where((x < floor) | (x <= below), float("-inf"), x)  # NaN stays, and is found
             can_win = tl.max(x, 0) + 23.0 > best[0]  # noise ends at 22.9
-        lanes = softmax_step(x, lanes)
+        tops = lanes[0]
+        lanes = softmax_step(x, lanes, GROUP)
         if GREEDY:
-            if tl.max(x, 0) > best[0]:
-                best = argmax_step(x, first, best)
+            places = tl.where(lanes[0] > tops, first, places)
         else:
             if can_win:
                 words = noise_words(seed, first, counter, STREAM, BLOCK)
-                best = noisy_step(x, rest, first, words, best)
-    return softmax_end(lanes) + best
+                if tl.sum(could_win(x, rest, noise_bounds(words), best), 0) != 0:
+                    best = noisy_step(x, rest, first, block_noise(words), best)
+    row = softmax_end(lanes)
+    if GREEDY:
+        best = first_of_largest(row_ptr, lanes[0], places, row[0], V, EVEN, BLOCK)
+    return row + best
 
 
 @triton.jit
-def _mass_above(row_ptr, V, temperature, value, top, BLOCK: tl.constexpr):
+def _mass_above(
+    row_ptr, V, temperature, value, top, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Sum of e^(x - top) over x > value: 0, or at least 1, as the maximum is among them."""
     terms = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, V, BLOCK):
-        x = tempered(load_block(row_ptr, first, V, BLOCK), temperature)
+        x = tempered(load_block(row_ptr, first, V, EVEN, BLOCK), temperature)
         terms += tl.where(x > value, exp(x - top), 0.0)
     return tl.sum(terms, 0)
 
 
 @triton.jit
-def _count(row_ptr, V, pivot, BLOCK: tl.constexpr):
+def _count(row_ptr, V, pivot, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """How many logits are at least `pivot` > -inf, the least of them, and the most below it."""
     count = tl.zeros((BLOCK,), tl.int32)
     least = tl.full((BLOCK,), float("inf"), tl.float32)
     most = -least
     for first in tl.range(0, V, BLOCK):
-        z = load_block(row_ptr, first, V, BLOCK)
+        z = load_block(row_ptr, first, V, EVEN, BLOCK)
         count += (z >= pivot).to(tl.int32)
         least = tl.minimum(least, tl.where(z >= pivot, z, float("inf")))
         most = tl.maximum(most, tl.where(z < pivot, z, float("-inf")))
@@ -100,14 +111,14 @@ def _ordered(bits):
 
 
 @triton.jit
-def _kth_largest(row_ptr, V, k, BLOCK: tl.constexpr):
+def _kth_largest(row_ptr, V, k, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """The logit of rank k < V, exactly: bisection on its bits in order. The bracket shrinks to
     logits that are there: about 15 sweeps, at most 17 for logits of 16 bits and 32 for others."""
     low, high = -0x7F800001, 0x7F800000  # -inf and +inf
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, within 32 bits
         pivot = _ordered(middle).to(tl.float32, bitcast=True)
-        count, least, most = _count(row_ptr, V, pivot, BLOCK)
+        count, least, most = _count(row_ptr, V, pivot, EVEN, BLOCK)
         # Beyond the middle at least: -0 and +0 are equal and differ in bits, NaN may leave nothing.
         least = tl.maximum(_ordered(least.to(tl.int32, bitcast=True)), middle)
         most = tl.minimum(_ordered(most.to(tl.int32, bitcast=True)), middle - 1)
@@ -122,7 +133,7 @@ def _sample_kernel(
     V, stride, stride_id, stride_position,
     seed: tl.int64, temperature, inverse, top_k, top_p, log_min_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    STREAM: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program draws for a row. floor: what top-k and min-p keep starts here; below: the last
     winner, refused; limit: the mass above a token for which top-p refuses it."""
@@ -133,12 +144,13 @@ def _sample_kernel(
     T = temperature, inverse
     floor, below, limit, token = float("-inf"), float("-inf"), 0.0, V * 0
     if TOP_K:
-        floor = tempered(_kth_largest(row_ptr, V, top_k, BLOCK), T)
+        floor = tempered(_kth_largest(row_ptr, V, top_k, EVEN, BLOCK), T)
     rejected = True
     while rejected:
         top, mass, _, token = _draw(
-            row_ptr, V, floor, below, seed, counter, T, GREEDY, FILTERED, STREAM, BLOCK
-        )
+            row_ptr, V, floor, below, seed, counter, T,
+            GREEDY, FILTERED, STREAM, GROUP, EVEN, BLOCK,
+        )  # fmt: skip
         rejected = False
         if FILTERED:
             # The maximum is the same in every round, the mass largest in the first: that of all
@@ -148,7 +160,7 @@ def _sample_kernel(
             rejected = value < floor
             if TOP_P:
                 limit = tl.maximum(limit, top_p * mass)
-                above = _mass_above(row_ptr, V, T, value, top, BLOCK)
+                above = _mass_above(row_ptr, V, T, value, top, EVEN, BLOCK)
                 rejected = rejected | (above >= limit)
             rejected = rejected & is_distribution(mass)
             below = value
@@ -174,6 +186,7 @@ def _launch(
             TOP_P=top_p < 1 and not greedy,
             MIN_P=min_p > 0 and not greedy,
             STREAM=stream, BLOCK=BLOCK, num_warps=backend.warps(WARPS),
+            **backend.layout(vocab_size, BLOCK, logits),
         )  # fmt: skip
     return token
 

@@ -14,14 +14,14 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
-    argmax_step,
-    compare,
+    block_noise,
+    could_win,
     exp,
+    first_of_largest,
     is_distribution,
-    jsd_terms,
-    kl_terms,
     load_block,
     load_pair,
+    noise_bounds,
     noise_words,
     noisy_step,
     softmax_end,
@@ -31,6 +31,7 @@ from switchkd_kernels._tl import (
     triton,
     with_inverse,
 )
+from switchkd_kernels._tl_rowwise import compare, jsd_terms, kl_terms, pair_of
 from switchkd_kernels.noise import STREAM_REDRAW, STREAM_TOKEN
 from switchkd_kernels.reference import SwitchSelection
 
@@ -47,48 +48,82 @@ BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
 
 @triton.jit
 def _scan(
-    pair, start, end, seed, counter, temperatures,
-    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    pair, start, end, V, seed, counter, temperatures,
+    DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
-    logit, its token) of either model."""
-    t_lanes, s_lanes = softmax_start(BLOCK), softmax_start(BLOCK)
+    logit, its token) of either model.
+
+    Noise (two logarithms a token) is only evaluated in a block where a bound on it leaves room for
+    a winner; to decide that for both models takes the only reduction between threads.
+    """
+    t_lanes, s_lanes = softmax_start(BLOCK, GROUP), softmax_start(BLOCK, GROUP)
+    t_place = tl.zeros((BLOCK // GROUP,), tl.int32) + start  # blocks where the maxima were met
+    s_place = t_place
     t_best = float("-inf"), start * 0
     s_best = float("-inf"), start * 0
     for first in tl.range(start, end, BLOCK):
-        zt, zs = load_pair(pair, first, end, 0, BLOCK)
-        t_lanes, s_lanes = softmax_step(zt, t_lanes), softmax_step(zs, s_lanes)
+        zt, zs = load_pair(pair, first, V, 0, EVEN, BLOCK)
+        t_top, s_top = t_lanes[0], s_lanes[0]
+        t_lanes, s_lanes = softmax_step(zt, t_lanes, GROUP), softmax_step(zs, s_lanes, GROUP)
         if DRAW_T == 1:
-            if tl.max(zt, 0) > t_best[0]:
-                t_best = argmax_step(zt, first, t_best)
+            t_place = tl.where(t_lanes[0] > t_top, first, t_place)
         if DRAW_S == 1:
-            if tl.max(zs, 0) > s_best[0]:
-                s_best = argmax_step(zs, first, s_best)
+            s_place = tl.where(s_lanes[0] > s_top, first, s_place)
         if (DRAW_S == 2) or (DRAW_T == 2):
             stream: tl.constexpr = _SHARED if DRAW_S == 2 else T_STREAM
-            words = noise_words(seed, first, counter, stream, BLOCK)
+            s_words = noise_words(seed, first, counter, stream, BLOCK)
+            s_bounds = noise_bounds(s_words)
+            t_words, t_bounds = s_words, s_bounds
+            if stream != T_STREAM:
+                t_words = noise_words(seed, first, counter, T_STREAM, BLOCK)
+                t_bounds = noise_bounds(t_words)
+            hits = tl.zeros((BLOCK // 4,), tl.int32)
             if DRAW_S == 2:
-                s_best = noisy_step(zs, temperatures[1], first, words, s_best)
+                hits += could_win(zs, temperatures[1], s_bounds, s_best)
             if DRAW_T == 2:
-                if stream != T_STREAM:
-                    words = noise_words(seed, first, counter, T_STREAM, BLOCK)
-                t_best = noisy_step(zt, temperatures[0], first, words, t_best)
-    return softmax_end(t_lanes) + t_best, softmax_end(s_lanes) + s_best
+                hits += could_win(zt, temperatures[0], t_bounds, t_best)
+            if tl.sum(hits, 0) != 0:
+                noise = block_noise(s_words)
+                if DRAW_S == 2:
+                    s_best = noisy_step(zs, temperatures[1], first, noise, s_best)
+                if DRAW_T == 2:
+                    if stream != T_STREAM:
+                        noise = block_noise(t_words)
+                    t_best = noisy_step(zt, temperatures[0], first, noise, t_best)
+    teacher, student = softmax_end(t_lanes), softmax_end(s_lanes)
+    if DRAW_T == 1:
+        t_best = first_of_largest(pair[0], t_lanes[0], t_place, teacher[0], V, EVEN, BLOCK)
+    if DRAW_S == 1:
+        s_best = first_of_largest(pair[1], s_lanes[0], s_place, student[0], V, EVEN, BLOCK)
+    return teacher + t_best, student + s_best
 
 
 @triton.jit
-def _measure(pair, start, end, teacher, student, rival, METRIC: tl.constexpr, BLOCK: tl.constexpr):
-    """Second sweep, over columns [start, end): the divergence in nats, or the teacher's rank of a
-    token whose logit is `rival`."""
+def _measure(
+    pair, start, end, V, teacher, student, rival,
+    METRIC: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Second sweep, over columns [start, end) from the last block, which is still in the cache, to
+    the first: the divergence in nats, or the teacher's rank of a token whose logit is `rival`."""
     terms = tl.zeros((BLOCK,), tl.float32)
-    for first in tl.range(start, end, BLOCK):
+    relation = pair_of(teacher, student)
+    last = start + (tl.cdiv(end - start, BLOCK) - 1) * BLOCK
+    for back in tl.range(0, end - start, BLOCK):
+        first = last - back
         if METRIC == "rank":
-            terms += (load_block(pair[0], first, end, BLOCK) > rival).to(tl.float32)
+            terms += (load_block(pair[0], first, V, EVEN, BLOCK) > rival).to(tl.float32)
         else:
-            zt, zs = load_pair(pair, first, end, 0, BLOCK)
-            p, q, d, e = compare(zt, zs, teacher[0], teacher[1], student[0], student[1])
-            terms += kl_terms(p, q, d) if METRIC == "kl" else jsd_terms(p, q, d, e)
-    return tl.sum(terms, 0)
+            zt, zs = load_pair(pair, first, V, 0, EVEN, BLOCK)
+            log_p, log_q, d = compare(zt, zs, relation)
+            if METRIC == "kl":
+                terms += kl_terms(tl.exp2(log_p), tl.exp2(log_q), tl.minimum(d, 100.0))
+            else:
+                value, _ = jsd_terms(log_p, log_q, d)
+                terms += value
+    total = tl.sum(terms, 0)
+    return 0.5 * total if METRIC == "jsd" else total
 
 
 @triton.jit
@@ -157,12 +192,15 @@ def _switch_select_kernel(
     seed: tl.int64,
     teacher_temperature, teacher_inverse, student_temperature, student_inverse,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, METRIC: tl.constexpr, BITS: tl.constexpr,
-    PHASE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    PHASE: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """PHASE "row": a program decides a row. Else one has a slice of it, "scan" and then "decide",
     where the last program of a row to arrive adds up and writes."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    if PHASE == "decide":  # what was read last is still in the cache, and read first
+        row, split = rows - 1 - row, splits - 1 - split
     pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
     start = split * slice_size
     end = tl.minimum(start + slice_size, V)
@@ -171,9 +209,9 @@ def _switch_select_kernel(
     if PHASE != "decide":
         counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
         teacher, student = _scan(
-            pair, start, end, seed, counter,
+            pair, start, end, V, seed, counter,
             ((teacher_temperature, teacher_inverse), (student_temperature, student_inverse)),
-            DRAW_T, DRAW_S, T_STREAM, BLOCK,
+            DRAW_T, DRAW_S, T_STREAM, GROUP, EVEN, BLOCK,
         )  # fmt: skip
     if PHASE == "scan":
         _store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
@@ -190,7 +228,7 @@ def _switch_select_kernel(
         if DRAW_S == 0:
             student = _known(student_token_ptr + row * stride_st, V, student)
         rival = tl.load(pair[0] + student[3]).to(tl.float32)
-        divergence = _measure(pair, start, end, teacher, student, rival, METRIC, BLOCK)
+        divergence = _measure(pair, start, end, V, teacher, student, rival, METRIC, EVEN, BLOCK)
         last = True
         if PHASE == "decide":
             measured_ptr = partial_ptr + 6 * step + row * splits
@@ -232,6 +270,8 @@ def _launch(
     partial = torch.empty(7, rows, splits, dtype=torch.float32, device=device)
     partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
+    layout = backend.layout(vocab_size, BLOCK, teacher, student)
+
     def draw(known: Tensor | None, temperature: float) -> int:
         return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
 
@@ -251,8 +291,9 @@ def _launch(
                 seed, *with_inverse(teacher_temperature), *with_inverse(student_temperature),
                 *draws, "jsd" if scan and metric != "rank" else metric,
                 bits and metric == "jsd" and not scan,
-                PHASE=phase, SPLITS=1 if scan else triton.next_power_of_2(splits), BLOCK=BLOCK,
-                num_warps=backend.warps(WARPS), **backend.at_most(REGISTERS, device),
+                PHASE=phase, SPLITS=1 if scan else triton.next_power_of_2(splits),
+                BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
+                **backend.at_most(REGISTERS, device),
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
