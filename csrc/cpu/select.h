@@ -228,7 +228,7 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
       Twin block = Twin(0.0f);
       for (int i = 0; i < wide; i += 2 * LANES) {
         const Twin t = load_twin(teacher + i), z = load_twin(student + i);
-        block = block + jsd_terms(larger(t, z, shift), log_ratio(t, z, shift));
+        block = block + larger(t, z, shift) * jsd_factor(log_ratio(t, z, shift));
       }
       total.add((block.a + block.b) * (0.5f * shift.teacher_inverse));
     }
