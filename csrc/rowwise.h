@@ -162,12 +162,17 @@ SWITCHKD_HOST_DEVICE Entry<F> compare(F teacher, F student, const Shift& by) {
           exp(student - by.student_top) * by.student_inverse, select(d == d, d, F(0.0f))};
 }
 
-// max(p, q) times the teacher's sum, which spares one of the two exponentials; -inf in both rows
-// counts as e^-87.
+// max(p, q) times the teacher's sum, which spares one of the two exponentials, and its logarithm;
+// -inf in both rows counts as -87.
+template <class F>
+SWITCHKD_HOST_DEVICE F log_larger(F teacher, F student, const Shift& by) {
+  F below = min(by.teacher_top - teacher, (by.student_top - student) + by.logs);
+  return -min(below, F(87.0f));
+}
+
 template <class F>
 SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
-  F z = max(teacher - by.teacher_top, (student - by.student_top) - by.logs);
-  return exp_in_range(max(z, F(-87.0f)));
+  return exp_in_range(log_larger(teacher, student, by));
 }
 
 // ------------------------------------------------------------------------------- divergences

@@ -132,9 +132,9 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
     __builtin_prefetch(z + i + BLOCK);  // the next block, where the row is in place
     __builtin_prefetch(z + i + BLOCK + LANES);
     // What is below e^-87 of the largest counts as that.
-    total = total + exp_in_range(max(load_twin(z + i) - row.top, Twin(-87.0f)));
+    total = total + exp_scaled(-min(row.top - load_twin(z + i), Twin(87.0f)));
   }
-  row.total = row.total + (total.a + total.b);
+  row.total = row.total + (total.a + total.b) * (1 / EXP_SCALE);
   return rises;
 }
 
@@ -228,9 +228,9 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
       Twin block = Twin(0.0f);
       for (int i = 0; i < wide; i += 2 * LANES) {
         const Twin t = load_twin(teacher + i), z = load_twin(student + i);
-        block = block + larger(t, z, shift) * jsd_factor(log_ratio(t, z, shift));
+        block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
       }
-      total.add((block.a + block.b) * (0.5f * shift.teacher_inverse));
+      total.add((block.a + block.b) * (0.5f / EXP_SCALE * shift.teacher_inverse));
     }
   }
   return metric == RANK ? static_cast<float>(above) : total.result();

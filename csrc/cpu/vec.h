@@ -210,7 +210,20 @@ SWITCHKD_INLINE F exp_in_range(F x) {
   return scaled(s, shifted);
 }
 
-// The same, 0 below -87 and for NaN.
+// EXP_SCALE e^x, whose polynomial has a leading coefficient of 1: two instructions less.
+constexpr float EXP_SCALE = 120.300498f;
+template <class F>
+SWITCHKD_INLINE F exp_scaled(F x) {
+  F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
+  F r = x - n * LN2;
+  F s = r * (r + 5.03941236f) + 20.0506222f;
+  s = r * s + 60.1493242f;
+  s = r * s + EXP_SCALE;
+  s = r * s + EXP_SCALE;
+  return scaled(s, shifted);
+}
+
+// e^x, 0 below -87 and for NaN.
 SWITCHKD_INLINE Vec exp(Vec x) { return select(x > Vec(-87.0f), exp_in_range(x), Vec(0.0f)); }
 
 // log x to 1.5 ulp for normal x > 0, -inf below 2^-126. x = 2^n (1 + f), 2^-1/2 <= 1 + f < 2^1/2;
