@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -219,6 +220,15 @@ def test_memory_of_a_cpu_run():
 
     peak = timing.Timer(CPU).peak_mb(run, lambda i: (10 * 2**20,))
     assert 75 < peak < 100
+
+
+def test_process_time_needs_threads_that_do_not_spin(monkeypatch, capsys):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cpu", "--clock", "cpu"])
+    assert "needs OMP_WAIT_POLICY=PASSIVE" in capsys.readouterr().err
+    timer = timing.Timer(CPU, process_time=True)
+    assert timer(time.sleep, lambda i: (0.02,)).median < 10  # asleep, not busy
 
 
 def test_cases_of_a_cpu_cover_the_known_tokens():
