@@ -293,8 +293,10 @@ def main(argv=None) -> int:
     parser.add_argument("--csv", help="write the rows to this file")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--minutes", type=float, default=7.0, help="start no shape after so many")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
-                        help="cpu: process time over threads, where others use the CPU, too")  # fmt: skip
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu: process time over threads, where others use the CPU, too",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     ops = ",".join(args.op).split(",") if args.op else list(OPS)
     for op in ops:
