@@ -51,7 +51,7 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
         )
     dtype = _dtype(script.dtype, mine, gguf)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    with torch.device("meta"):  # adapters cannot be added to fake tensors
         student = _student(script, config, mine, dtype, trained=True)
         decoding_dtype = config.decoding_dtype() or next(student.parameters()).dtype
         decoding = student
@@ -63,10 +63,29 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
         elif theirs is not None:
             their_dtype = _dtype(script.teacher_dtype, theirs, script.teacher_gguf_file)
             teacher = _skeleton(script, theirs, their_dtype).eval().requires_grad_(False)
+    with mode:
+        for model in {id(m): m for m in (student, decoding, teacher) if m is not None}.values():
+            _to_fake(model)
     for model in (student, teacher):
         if model is not None:
             check_lengths(model, [[0] * config.max_prompt_length], config.max_new_tokens)
     return Pair(mode, student, decoding, teacher, shared, notes)
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model on the meta device by fake ones, tied ones by one."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:  # a bias that is not there
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    made[id(tensor)] = new
+                store[name] = made[id(tensor)]
 
 
 def _config(script, name, gguf_file, revision, role, notes):
