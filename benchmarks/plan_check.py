@@ -203,7 +203,8 @@ def main() -> int:
             row = rows[-1]
             console.print(
                 f"{name}: {row['predicted_mib']} MiB predicted, {row['measured_mib']} measured "
-                f"({row['memory_error']:+.1%}); {row['predicted_s']} and {row['measured_s']} s a step"
+                f"({row['memory_error']:+.1%}); "
+                f"a step {row['predicted_s']} s predicted, {row['measured_s']} measured"
             )
             if args.csv:
                 with open(args.csv, "w", newline="") as file:

@@ -65,14 +65,14 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
             teacher = _skeleton(script, theirs, their_dtype).eval().requires_grad_(False)
     with mode:
         for model in {id(m): m for m in (student, decoding, teacher) if m is not None}.values():
-            _to_fake(model)
+            to_fake(model)
     for model in (student, teacher):
         if model is not None:
             check_lengths(model, [[0] * config.max_prompt_length], config.max_new_tokens)
     return Pair(mode, student, decoding, teacher, shared, notes)
 
 
-def _to_fake(model: nn.Module) -> None:
+def to_fake(model: nn.Module) -> None:
     """Replace the tensors of a model on the meta device by fake ones, tied ones by one."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
