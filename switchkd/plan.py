@@ -47,7 +47,7 @@ def make_plan(script, config, device: Device, limit: int, processes: int = 1) ->
     memory = Memory(pair, config, processes, gpu)
     phases = memory.phases(memory.asked)
     fitting = memory.suggest(int(USABLE * limit))
-    times = step_seconds(memory, memory.asked, device)
+    times = step_seconds(memory, device)
     names = {"teacher": script.teacher_model_name_or_path, "student": script.model_name_or_path}
     models = {"teacher": pair.teacher, "student": pair.student}
     return {
@@ -64,16 +64,14 @@ def make_plan(script, config, device: Device, limit: int, processes: int = 1) ->
         "device": {**asdict(device), "limit": limit},
         "processes": processes,
         "sizes": asdict(memory.asked),
-        "parts": {name: size for name, size in memory.parts(memory.asked).items() if size},
+        "parts": {name: size for name, size in memory.parts().items() if size},
         "phases": phases,
         "peak": max(phases.values()),
         "fits": max(phases.values()) <= USABLE * limit,
         "suggestion": None if fitting is None else asdict(fitting),
         "seconds": times,
         "step_seconds": sum(times.values()),
-        "flops": {
-            name: phase.flops for name, phase in memory.measured(memory.asked.rows)[0].items()
-        },
+        "flops": {name: phase.flops for name, phase in memory.micro_steps[0].items()},
         "notes": memory.notes,
     }
 
@@ -87,8 +85,12 @@ def show(plan: dict, console: Console) -> None:
             highlight=False,
         )
     sizes, device = plan["sizes"], plan["device"]
-    table = Table("memory on each device", title=f"{sizes['rows']} rows a micro-batch, "
-                  f"{sizes['accumulation']} a step, {sizes['slots']} decoded at once")  # fmt: skip
+    console.print(
+        f"{sizes['rows']} rows a micro-batch, {sizes['accumulation']} micro-batches a step, "
+        f"{sizes['slots']} rows decoded at once, {plan['processes']} processes",
+        highlight=False,
+    )
+    table = Table("memory on each device")
     table.add_column("MiB", justify="right")
     for name, size in plan["parts"].items():
         table.add_row(name, f"{size / 2**20:,.1f}")
@@ -98,7 +100,7 @@ def show(plan: dict, console: Console) -> None:
     console.print(table)
 
     source = "measured now" if device["measured"] else "data sheet: a lower bound"
-    table = Table("time of a step", title=f"{device['name']} ({source})")
+    table = Table("time of a step")
     table.add_column("s", justify="right")
     for name, seconds in plan["seconds"].items():
         table.add_row(name, f"{seconds:.3f}")
@@ -106,8 +108,8 @@ def show(plan: dict, console: Console) -> None:
     table.add_row("together", f"{plan['step_seconds']:.3f}", style="bold")
     console.print(table)
     console.print(
-        f"copy {device['bandwidth'] / 1e9:,.1f} GB/s, products {device['full'] / 1e9:,.0f} GFLOP/s "
-        f"in float32, {device['half'] / 1e9:,.0f} in bfloat16"
+        f"{device['name']} ({source}): copy {device['bandwidth'] / 1e9:,.1f} GB/s, products "
+        f"{device['full'] / 1e9:,.0f} GFLOP/s in float32, {device['half'] / 1e9:,.0f} in bfloat16"
     )
     for note in plan["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -65,7 +65,6 @@ class Memory:
                 config.per_device_train_batch_size * config.gradient_accumulation_steps
             ),
         )
-        self.steps: dict[int, list[dict[str, Phase]]] = {}
 
     def most_slots(self, window: int) -> int:
         return min(self.config.rollout_batch_size, window) if self.config.lmbda > 0 else 0
@@ -152,33 +151,43 @@ class Memory:
         width = head_of(teacher).weight.shape[1] * teacher.dtype.itemsize
         return rows * self.config.max_new_tokens * width
 
-    def measured(self, rows: int) -> list[dict[str, Phase]]:
-        """Phases of a micro-batch of so many rows, and of one that follows it in a step."""
-        if rows not in self.steps:
-            config, pair = self.config, self.pair
-            distils = config.loss_type != "cross_entropy"
-            with pair.mode:
-                self.steps[rows] = training_steps(
-                    pair.student, pair.teacher if distils else None,
-                    Shape(rows, config.max_prompt_length, config.max_new_tokens), self.loss,
-                    count=2,
-                    teacher_runs=not (self.keeps_hidden and config.lmbda == 1),
-                    extra_text=config.lm_file is not None and config.lm_coef > 0,
-                )  # fmt: skip
-        return self.steps[rows]
+    def measure(self, rows: int, count: int) -> list[dict[str, Phase]]:
+        config, pair = self.config, self.pair
+        distils = config.loss_type != "cross_entropy"
+        with pair.mode:
+            return training_steps(
+                pair.student, pair.teacher if distils else None,
+                Shape(rows, config.max_prompt_length, config.max_new_tokens), self.loss,
+                count=count,
+                teacher_runs=not (self.keeps_hidden and config.lmbda == 1),
+                extra_text=config.lm_file is not None and config.lm_coef > 0,
+            )  # fmt: skip
+
+    @cached_property
+    def micro_steps(self) -> list[dict[str, Phase]]:
+        """Phases of a micro-batch as asked, and of one that follows it in a step."""
+        return self.measure(self.asked.rows, count=2)
+
+    @cached_property
+    def other(self) -> tuple[int, dict[str, Phase]]:
+        """Another number of rows, and the phases of such a micro-batch."""
+        rows = 1 if self.asked.rows > 1 else 2
+        return rows, self.measure(rows, count=1)[0]
 
     def training_peak(self, rows: int, accumulation: int) -> int:
-        """Activations, loss buffers and gradients at most. What the asked batch size and one other
-        take is measured, the rest lies on the line through both, phase by phase."""
-        two = (self.asked.rows, 1 if self.asked.rows > 1 else 2)
-        which = -1 if accumulation > 1 else 0
-        if rows in two:
-            return max(phase.peak for phase in self.measured(rows)[which].values())
-        a, b = (self.measured(n)[which] for n in two)
-        lines = [
-            a[x].peak + (b[x].peak - a[x].peak) * (rows - two[0]) / (two[1] - two[0]) for x in a
-        ]
-        return int(max(lines))
+        """Activations, loss buffers and gradients at most. Two numbers of rows are measured, others
+        lie on the line through them, phase by phase."""
+        (first, second), peaks = self.micro_steps, []
+        for name, phase in first.items():
+            peak = phase.peak
+            if rows != self.asked.rows:
+                at, other = self.other
+                slope = (phase.peak - other[name].peak) / (self.asked.rows - at)
+                peak += slope * (rows - self.asked.rows)
+            if accumulation > 1:  # the gradients of the earlier ones are there
+                peak += second[name].peak - phase.peak
+            peaks.append(int(peak))
+        return max(peaks)
 
     @cached_property
     def gathered_layers(self) -> int:
@@ -197,23 +206,24 @@ class Memory:
         return each * (bytes_each + (40 if self.implementation == "reference" else 0))
 
     @cached_property
-    def prefill_row(self) -> int:
-        """Of one prompt, in a pass of the wider model without gradients."""
-        peaks = []
+    def prefill(self) -> dict[str, Phase]:
+        """A pass of each model over the prompts of all slots, as asked."""
+        rows, width = max(self.asked.slots, 1), self.config.max_prompt_length
         with self.pair.mode:
-            for model in self.decoders.values():
-                two = [
-                    decoding_pass(model, n, self.config.max_prompt_length, logits=False).peak
-                    for n in (1, 2)
-                ]
-                peaks.append(two[1] - two[0])
-        return max(peaks)
+            return {
+                role: decoding_pass(model, rows, width, logits=False)
+                for role, model in self.decoders.items()
+            }
+
+    @property
+    def prefill_row(self) -> int:
+        return max(phase.peak for phase in self.prefill.values()) // max(self.asked.slots, 1)
 
     # -------------------------------------------------------------------- together
 
-    def parts(self, sizes: Sizes) -> dict[str, int]:
-        """Bytes by what they are for; they are not all alive at once."""
-        first = self.measured(sizes.rows)[0]
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for, with the sizes asked; they are not all alive at once."""
+        first, sizes = self.micro_steps[0], self.asked
         window = sizes.rows * sizes.accumulation
         return {
             **self.fixed,
@@ -225,7 +235,8 @@ class Memory:
         }
 
     def phases(self, sizes: Sizes) -> dict[str, int]:
-        """Bytes at most in each phase of a step, the same ones between them counted in each."""
+        """Bytes at most in each phase of a step, with all that outlives the phase. Validation takes
+        less, or decodes fewer rows at once if memory is short."""
         fixed, config = self.fixed, self.config
         weights = sum(fixed[x] for x in fixed if x != "gradients")
         caches = sum(self.caches(sizes.slots).values())

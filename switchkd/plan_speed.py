@@ -15,7 +15,7 @@ import torch
 
 from switchkd.cache import position_bytes
 from switchkd.doctor import copy_bandwidth, find_device, median_seconds
-from switchkd.plan_memory import Memory, Sizes
+from switchkd.plan_memory import Memory
 from switchkd.plan_meter import Op, decoding_pass
 from switchkd.planner import GUESS
 
@@ -79,11 +79,11 @@ def find(name: str | None) -> Device:
         raise ValueError(f"{error}; or of data sheets: {', '.join(DATA_SHEETS)}") from None
 
 
-def rollout_seconds(memory: Memory, sizes: Sizes, device: Device) -> float:
+def rollout_seconds(memory: Memory, device: Device) -> float:
     """All rows at once as far as there are slots. Drafter and block length are the cheapest if a
     draft is right as often as the planner guesses before it has seen any; one token at a time where
     nothing is drafted."""
-    config = memory.config
+    config, sizes = memory.config, memory.asked
     rows, slots = config.lmbda * sizes.rows * sizes.accumulation, sizes.slots
     if rows == 0:
         return 0.0
@@ -96,8 +96,7 @@ def rollout_seconds(memory: Memory, sizes: Sizes, device: Device) -> float:
                 device.seconds(decoding_pass(model, slots, k, logits=True).ops) for k in (1, 8)
             )
             passes[role] = {k: cached + one + (many - one) * (k - 1) / 7 for k in range(1, 9)}
-            prompt = decoding_pass(model, slots, config.max_prompt_length, logits=False)
-            prefill += device.seconds(prompt.ops)
+            prefill += device.seconds(memory.prefill[role].ops)
     if len(passes) == 1 or not config.policy().needs_teacher:
         token = passes["student"][1]
     else:
@@ -121,12 +120,11 @@ def _round_seconds(passes: dict[str, dict[int, float]], drafter: str, k: int) ->
     return (k * passes[drafter][1] + passes[other][k]) / sum(right**i for i in range(k))
 
 
-def step_seconds(memory: Memory, sizes: Sizes, device: Device) -> dict[str, float]:
-    """Seconds of an optimizer step by part, every row at its limits."""
-    config, times = memory.config, {}
-    times["rollout"] = rollout_seconds(memory, sizes, device)
-    phases = memory.measured(sizes.rows)[0]
-    for name, phase in phases.items():
+def step_seconds(memory: Memory, device: Device) -> dict[str, float]:
+    """Seconds of an optimizer step by part, with the sizes asked, every row at its limits."""
+    config, sizes, times = memory.config, memory.asked, {}
+    times["rollout"] = rollout_seconds(memory, device)
+    for name, phase in memory.micro_steps[0].items():
         times[name] = sizes.accumulation * device.seconds(phase.ops)
     if memory.keeps_hidden:  # only rows that were not rolled out
         times["teacher forward"] *= 1 - config.lmbda
