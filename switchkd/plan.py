@@ -87,7 +87,8 @@ def show(plan: dict, console: Console) -> None:
     sizes, device = plan["sizes"], plan["device"]
     console.print(
         f"{sizes['rows']} rows a micro-batch, {sizes['accumulation']} micro-batches a step, "
-        f"{sizes['slots']} rows decoded at once, {plan['processes']} processes",
+        f"{sizes['slots']} rows decoded at once, "
+        f"{plan['processes']} process{'es' * (plan['processes'] > 1)}",
         highlight=False,
     )
     table = Table("memory on each device")
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", help=f"default: a GPU if there is one; or one of {', '.join(DATA_SHEETS)}"
     )
-    parser.add_argument("--device_memory", help="such as 80GB; default: what is free there")
+    parser.add_argument("--device_memory", help="such as 80GB; default: what the device has")
     parser.add_argument("--processes", type=int, default=1, help="one for each device")
     parser.add_argument("--json", help="write the plan to this file")
     own, rest = parser.parse_known_args(argv)

@@ -42,6 +42,10 @@ def optimizer_bytes(model: nn.Module, optim: str, notes: list[str]) -> int:
     return sum(p.numel() * (2 * p.element_size() if each is None else each) for p in trained)
 
 
+def validates(config: SwitchConfig) -> bool:
+    return str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a plan may choose: rows of a micro-batch, micro-batches a step, rows decoded at once."""
@@ -58,16 +62,9 @@ class Memory:
         self.pair, self.config, self.processes, self.gpu = pair, config, processes, gpu
         self.sharded = bool(config.fsdp) and processes > 1
         self.notes = list(pair.notes)
-        self.asked = Sizes(
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            self.most_slots(
-                config.per_device_train_batch_size * config.gradient_accumulation_steps
-            ),
-        )
-
-    def most_slots(self, window: int) -> int:
-        return min(self.config.rollout_batch_size, window) if self.config.lmbda > 0 else 0
+        rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        slots = min(config.rollout_batch_size, rows * steps) if config.lmbda > 0 else 0
+        self.asked = Sizes(rows, steps, slots)
 
     # -------------------------------------------------------------------- what is always there
 
@@ -103,14 +100,14 @@ class Memory:
         pair, config = self.pair, self.config
         part = self.processes if self.sharded else 1
         trained = sum(p.nbytes for p in pair.student.parameters() if p.requires_grad)
-        student = weight_bytes(pair.student)
+        student, decodes = weight_bytes(pair.student), config.lmbda > 0 or validates(config)
         copied = weight_bytes(pair.decoding) if pair.copied else student if self.sharded else 0
         teacher = 0 if pair.teacher is None or pair.shared_base else weight_bytes(pair.teacher)
         bucket = trained if self.processes > 1 and not self.sharded else 0  # DDP's copy
         return {
             "teacher weights": teacher,
             "student weights": student // part,
-            "student's copy for decoding": copied if config.lmbda > 0 else 0,
+            "student's copy for decoding": copied if decodes else 0,
             "gradients": trained // part + bucket,
             "optimizer state": optimizer_bytes(pair.student, config.optim, self.notes) // part,
         }
@@ -161,6 +158,7 @@ class Memory:
                 count=count,
                 teacher_runs=not (self.keeps_hidden and config.lmbda == 1),
                 extra_text=config.lm_file is not None and config.lm_coef > 0,
+                keep_gradients=not self.sharded,
             )  # fmt: skip
 
     @cached_property
@@ -247,10 +245,10 @@ class Memory:
             work = max(sizes.slots * self.prefill_row, self.decoder_logits(sizes.slots))
             found["rollout"] = weights + caches + work + 2 * self.kept_hidden(window)
         own = sum(p.nbytes for p in self.pair.student.parameters() if p.requires_grad)
-        more = fixed["gradients"] - own  # fewer where they are sharded, more where DDP copies them
-        training = self.training_peak(sizes.rows, sizes.accumulation) + max(more, 0)
-        training += self.gathered_layers + min(more, 0) * (sizes.accumulation > 1)
-        found["forward and backward"] = weights + held + training + self.kept_hidden(window)
+        training = self.training_peak(sizes.rows, sizes.accumulation) + self.kept_hidden(window)
+        # The measured peak holds the gradients, but neither a rank's shards nor DDP's copy.
+        training += fixed["gradients"] - (0 if self.sharded else own) + self.gathered_layers
+        found["forward and backward"] = weights + held + training
         spare = own if config.optim == "adamw_torch" and self.gpu else 0  # for_each's temporaries
         found["optimizer"] = weights + held + fixed["gradients"] + spare
         return found
@@ -262,11 +260,10 @@ class Memory:
         """The largest micro-batch, and the most rows decoded at once, with which a step of as many
         rows as asked fits into `limit` bytes; None if not even one row does."""
         window = self.asked.rows * self.asked.accumulation
+        halves = [window >> i for i in range(window.bit_length())]
         for rows in (n for n in range(window, 0, -1) if window % n == 0):
-            slots = window if self.config.lmbda > 0 else 0
-            while slots >= 0:
+            for slots in halves if self.config.lmbda > 0 else [0]:
                 sizes = Sizes(rows, window // rows, slots)
                 if self.peak(sizes) <= limit:
                     return sizes
-                slots = slots // 2 if slots > 1 else -1
         return None

@@ -185,18 +185,22 @@ class _LossBuffers(torch.autograd.Function):
 
 def training_steps(
     student: nn.Module, teacher: nn.Module | None, shape: Shape, loss: Loss, *,
-    count: int, teacher_runs: bool, extra_text: bool,
+    count: int, teacher_runs: bool, extra_text: bool, keep_gradients: bool = True,
 ) -> list[dict[str, Phase]]:  # fmt: skip
-    """The phases of `count` micro-steps, gradients of the earlier ones being kept.
+    """The phases of `count` micro-steps, each with the gradients of those before it.
 
     teacher_runs: its hidden states are not all known from a rollout. extra_text: another row of
-    text for each is trained on. Call it with fake models, in their mode.
+    text for each is trained on. keep_gradients: otherwise each goes as soon as it is complete, as
+    those of sharded weights do. Call it with fake models, in their mode.
     """
     meter = Meter(*(m for m in (student, teacher) if m is not None))
     head, teacher_head = head_of(student).weight, None
     if teacher is not None:
         teacher_head = head_of(teacher).weight
-    steps = []
+    steps, hooks = [], []
+    if not keep_gradients:
+        trained = [p for p in student.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained]
     with meter:
         for _ in range(count):
             meter.phases = {}
@@ -220,9 +224,15 @@ def training_steps(
             total.backward()
             del total
             steps.append(meter.phases)
+    for hook in hooks:
+        hook.remove()
     for parameter in student.parameters():
         parameter.grad = None
     return steps
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @torch.no_grad()

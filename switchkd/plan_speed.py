@@ -82,7 +82,7 @@ def find(name: str | None) -> Device:
 def rollout_seconds(memory: Memory, device: Device) -> float:
     """All rows at once as far as there are slots. Drafter and block length are the cheapest if a
     draft is right as often as the planner guesses before it has seen any; one token at a time where
-    nothing is drafted."""
+    one model writes all."""
     config, sizes = memory.config, memory.asked
     rows, slots = config.lmbda * sizes.rows * sizes.accumulation, sizes.slots
     if rows == 0:
@@ -97,15 +97,12 @@ def rollout_seconds(memory: Memory, device: Device) -> float:
             )
             passes[role] = {k: cached + one + (many - one) * (k - 1) / 7 for k in range(1, 9)}
             prefill += device.seconds(memory.prefill[role].ops)
-    if len(passes) == 1 or not config.policy().needs_teacher:
-        token = passes["student"][1]
+    alone = "teacher" if config.rollout_policy == "teacher" else "student"
+    if len(passes) == 1 or alone == "teacher":
+        token = passes[alone][1]
     else:
-        token = min(
-            _round_seconds(passes, drafter, k)
-            for drafter in passes
-            for k in memory.blocks
-            if k <= 8
-        )
+        blocks = [k for k in memory.blocks if k in passes[alone]]
+        token = min(_round_seconds(passes, d, k) for d in passes for k in blocks or [1])
     turns = max(rows / slots, 1.0)
     refresh = 0.0
     if memory.pair.copied:

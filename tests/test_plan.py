@@ -164,7 +164,9 @@ def test_the_copy_for_decoding_is_counted(folder):
     buffers = weight_bytes(memory.pair.student) - 4 * (V * H + L * LAYER + H)
     assert memory.fixed["student's copy for decoding"] == 2 * (V * H + L * LAYER + H) + buffers
     assert memory.decoders["student"].dtype == torch.bfloat16
-    without = memory_of(folder, bf16="true", lmbda=0)
+    validating = memory_of(folder, bf16="true", lmbda=0).fixed["student's copy for decoding"]
+    assert validating == memory.fixed["student's copy for decoding"]
+    without = memory_of(folder, bf16="true", lmbda=0, eval_strategy="no")
     assert without.fixed["student's copy for decoding"] == 0 and without.asked.slots == 0
     assert "rollout" not in without.phases(without.asked)
 
@@ -179,11 +181,15 @@ def test_processes_copy_or_share(folder):
     assert many.fixed == {**one.fixed, "gradients": 2 * one.fixed["gradients"]}  # DDP's buckets
     script, config = parse(arguments(folder))
     config.fsdp = "full_shard"
-    shared = Memory(build(script, config), config, 4).fixed
+    sharded = Memory(build(script, config), config, 4)
+    shared = sharded.fixed
     for name in ("student weights", "gradients", "optimizer state"):
         assert shared[name] == one.fixed[name] // 4
     assert shared["student's copy for decoding"] == one.fixed["student weights"]
     assert shared["teacher weights"] == one.fixed["teacher weights"]
+    assert sharded.gathered_layers == 2 * 4 * LAYER
+    backward = [m.micro_steps[1]["student backward"].live for m in (one, sharded)]
+    assert backward[0] - backward[1] == one.fixed["gradients"]  # none stays whole
 
 
 def test_more_of_anything_takes_no_less(folder):
@@ -243,7 +249,7 @@ def test_parts_of_a_step(folder):
     twice = step_seconds(double, DEVICE)
     for name in ("student forward", "loss", "student backward"):
         assert twice[name] == pytest.approx(2 * times[name])
-    alone, both = memory_of(folder, rollout_policy="student"), memory_of(folder)
+    alone, both = memory_of(folder, rollout_policy="teacher"), memory_of(folder)
     assert 0 < rollout_seconds(alone, DEVICE) < rollout_seconds(both, DEVICE)
 
 
