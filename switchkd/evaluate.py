@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from rich.console import Console
@@ -269,8 +270,8 @@ def write_responses(folder: str, label: str, name: str, rows, seeds, responses) 
 
 
 def responses_file(folder: str, label: str, name: str) -> Path:
-    plain = ("".join(c if c.isalnum() or c in ".-" else "_" for c in x) for x in (label, name))
-    return Path(folder).joinpath(*plain).with_suffix(".jsonl")
+    label, name = (quote(x, safe=" ").replace("..", "%2E%2E") for x in (label, name))
+    return Path(folder) / label / f"{name}.jsonl"
 
 
 # ------------------------------------------------------------------------------- results
@@ -284,6 +285,7 @@ def begin(args: EvalArguments) -> dict:
         return {"settings": settings, "sets": {}, "models": {}}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        results = {key: results[key] for key in ("settings", "sets", "models")}
         before = {name: results["settings"][name] for name in SETTINGS}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"json: {path} holds something else; expected a new file") from None

@@ -17,6 +17,7 @@ from switchkd.evaluate import (
     find_sets,
     main,
     read_set,
+    responses_file,
 )
 from switchkd.evaluate_table import average, spread
 from switchkd.models import share_vocabulary
@@ -231,6 +232,14 @@ def test_finished_sets_outlive_a_killed_run_and_are_not_run_again(model_dir, mon
     asked[:] = []
     assert evaluate(model_dir, "k.json", "--overwrite", "true", seeds=[1]) == 0
     assert asked == [5] and list(results(model_dir, "k.json")["sets"]) == ["tiny"]
+
+
+def test_responses_are_kept_apart():
+    names = ("runs/a", "runs_a", "v1.5", "..", "v1.6")
+    files = {responses_file("out", label, "S-NI") for label in names}
+    assert len(files) == 5 and all(f.parts[0] == "out" and len(f.parts) == 3 for f in files)
+    assert ".." not in {part for f in files for part in f.parts}
+    assert responses_file("out", "m", "set 1.5") != responses_file("out", "m", "set 1.6")
 
 
 def test_rows_too_long_for_one_model_are_left_out_for_all(model_dir):

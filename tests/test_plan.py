@@ -325,7 +325,8 @@ def test_a_teacher_is_asked_for(folder, capsys):
 
 @pytest.mark.slow
 def test_a_real_training_peaks_where_the_plan_says():
-    check = pytest.importorskip("benchmarks.plan_check")
+    from benchmarks import plan_check as check
+
     small = {"max_prompt_length": 48, "max_new_tokens": 48, "max_steps": 2}
     row = check.check("embedded", check.COMMON | check.EMBEDDED | small, "mmap")
     assert abs(row["memory_error"]) < 0.15 and row["measured_mib"] > 100
