@@ -5,8 +5,9 @@
 Every row is at its limits: random ids, and a temperature at which hardly any response ends early.
 Memory is the peak of the process (VmHWM, reset before the first step) less what it had before the
 models were loaded, after a small training that loads and compiles what a training needs. malloc is
-told to hand every block over 128 KiB back to the system (MALLOC_MMAP_THRESHOLD_), or the peak would
-hold blocks that were freed; `--allocator default` leaves it alone. SWITCHKD_SMOLLM2 names the
+told to hand every block over 128 KiB back to the system (MALLOC_MMAP_THRESHOLD_), because glibc's
+own rule keeps freed blocks, which no plan can know; `--allocator default` leaves it alone, to see
+how many. SWITCHKD_SMOLLM2 names the
 folder with SmolLM2-135M-Instruct.Q4_1.gguf; without it, its cases are left out.
 """
 
@@ -153,6 +154,7 @@ def check(name: str, options: dict, allocator: str) -> dict:
     got = json.loads(done.stdout.splitlines()[-1])
     times = plan["seconds"]
     return {
+        **machine(),
         "case": name,
         "allocator": allocator,
         "predicted_mib": round(plan["peak"] / 2**20, 1),
@@ -163,6 +165,24 @@ def check(name: str, options: dict, allocator: str) -> dict:
         "measured_s": round(got["seconds"], 2),
         "predicted_rollout_s": round(times["rollout"], 2),
         "measured_rollout_s": round(got["rollout"], 2),
+    }
+
+
+def machine() -> dict:
+    """Where and with what this was measured."""
+    import torch
+    import transformers
+
+    from switchkd.doctor import processor_name
+
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
     }
 
 
