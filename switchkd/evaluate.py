@@ -1,26 +1,32 @@
-"""`python -m switchkd.evaluate`: Rouge-L and BLEU of sampled responses, with their floors.
+"""`python -m switchkd.evaluate`: Rouge-L of sampled responses, checkpoints side by side.
 
-Responses are sampled once per seed (the papers: five seeds, temperature 1) and scored against the
-best of a row's references. Beside each score stand two answers that know nothing.
+Each row is answered once per seed (the papers: five seeds, temperature 1) and scored against the
+best of its references. The table is that of SWITCH (arXiv 2410.19503, Table 1): checkpoints by
+sets, with two answers that know nothing under them. BLEU and the split by reference length are in
+the JSON file, which is written after every set: a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
+import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from switchkd import adapters, metrics
 from switchkd.config import option
 from switchkd.data import Row, read_examples, tokenize
+from switchkd.doctor import find_device
+from switchkd.evaluate_table import markdown, print_results, spread
 from switchkd.models import (
     EMBEDDED,
     Vocabulary,
@@ -32,29 +38,50 @@ from switchkd.models import (
 )
 from switchkd.rollout import Sampling, check_lengths
 
-# The five sets of SWITCH (arXiv 2410.19503, Table 1), by the file that holds them in data_dir.
+
+@dataclass(frozen=True)
+class Source:
+    """A set: the file names it goes by in data_dir, or where it is; how many of its rows count; and
+    what sets it apart, which keeps it out of the average."""
+
+    files: tuple[str, ...]
+    first: int | None = None
+    note: str = ""
+
+
+# The sets of SWITCH (arXiv 2410.19503, Table 1). Of SelfInst's 252 rows MiniLLM and its followers
+# evaluate the first 242; of S-NI and UnNI those with a response of 11 tokens or more, which the
+# files are taken to hold.
 PAPER_SETS = {
-    "Dolly": "dolly/test.jsonl",
-    "SelfInst": "self_inst.jsonl",
-    "Vicuna": "vicuna.jsonl",
-    "S-NI": "super_ni.jsonl",
-    "UnNI": "unnatural.jsonl",
+    "Dolly": Source(("dolly/test.jsonl", "dolly.jsonl")),
+    "SelfInst": Source(("self_inst.jsonl",), first=242),
+    "Vicuna": Source(("vicuna.jsonl",)),
+    "S-NI": Source(("super_ni.jsonl",)),
+    "UnNI": Source(("unnatural.jsonl",)),
+    "UnNI short": Source(
+        ("unnatural_short.jsonl",), note="answers of a word or two, not the rows of the papers"
+    ),
 }
 
 
 @dataclass
 class EvalArguments:
-    """What to evaluate, on what, and how."""
+    """What to evaluate, on what, and how. Options of a model take one value for each, or one for
+    all; `none` where a model has none."""
 
-    model_name_or_path: str = option(
-        "Hub id, folder (a run's output_dir), or 'embedded'.", EMBEDDED
+    model_name_or_path: list[str] = option(
+        "Hub ids, folders (a run's output_dir), or 'embedded'.", [EMBEDDED]
     )
-    adapter: str | None = option("LoRA adapter for it; found by itself in a run's output_dir.")
-    gguf_file: str | None = option("Read the model from this GGUF file in its folder.")
-    student_layers: str | None = option("Keep only these layers: the student before distillation.")
+    labels: list[str] = option("What the models are called in the table.", [])
+    adapter: list[str] = option("LoRA adapters; one in a run's output_dir is found by itself.", [])
+    gguf_file: list[str] = option("Read a model from this GGUF file in its folder.", [])
+    student_layers: list[str] = option("Keep only these layers: a student before distillation.", [])
     dtype: str = option("Type of the weights.", "auto")
+    device: str | None = option("Where to decode; default: a GPU if there is one.")
     trust_remote_code: bool = option("Allow code from the Hub.", False)
-    data_dir: str | None = option("Folder with the paper's sets: " + ", ".join(PAPER_SETS.values()))
+    data_dir: str | None = option(
+        "Folder with the paper's sets: " + ", ".join(s.files[0] for s in PAPER_SETS.values())
+    )
     data: list[str] = option("More sets, each NAME=FILE.jsonl or a Hub id.", [])
     seeds: list[int] = option("Sampling seeds.", [10, 20, 30, 40, 50])
     temperature: float = option("Sampling temperature.", 1.0)
@@ -63,31 +90,144 @@ class EvalArguments:
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
     template: str = option("auto, chat, alpaca or none.", "auto")
-    output: str | None = option("Write the results to this JSON file.")
+    json: str = option("Results, kept from run to run.", "switchkd_evaluation.json")
+    markdown: str | None = option("Write the table to this Markdown file, too.")
+    save_responses: str | None = option("Write every response to this folder.")
+    overwrite: bool = option("Forget the results that are in the JSON file.", False)
 
     def __post_init__(self):
-        if not self.seeds:
-            raise ValueError("seeds: got none, expected at least one")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}, expected an integer >= 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit: got {self.limit}, expected an integer >= 1")
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+        models = self.model_name_or_path
+        need("model_name_or_path", bool(models), "at least one model")
+        self.labels = self.labels or list(models)
+        need("labels", len(self.labels) == len(models), f"one for each of {len(models)} models")
+        distinct = len(set(self.labels)) == len(models)
+        need("labels", distinct, "a name of its own for each model (--labels)")
+        for name in ("adapter", "gguf_file", "student_layers"):
+            given = getattr(self, name)
+            need(name, len(given) in (0, 1, len(models)), f"one, or one for each of {models}")
+            values = (given or ["none"]) * (1 if len(given) == len(models) else len(models))
+            setattr(self, name, [None if v == "none" else v for v in values])
+        need("seeds", len(set(self.seeds)) == len(self.seeds) > 0, "at least one, none twice")
+        need("batch_size", self.batch_size >= 1, "an integer >= 1")
+        need("limit", self.limit is None or self.limit >= 1, "an integer >= 1")
 
 
-def find_sets(args: EvalArguments) -> dict[str, str]:
-    """Name -> source of every set asked for; raises ValueError if there is none."""
+SETTINGS = ("seeds", "temperature", "limit", "max_new_tokens", "max_prompt_length", "template")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model to evaluate, and its tokenizer."""
+
+    label: str
+    name: str
+    adapter: str | None
+    gguf_file: str | None
+    layers: str | None
+    tokenizer: object
+
+    def load(self, args: EvalArguments, device: torch.device):
+        """The model, ready to decode; ValueError for weights or lengths that cannot work."""
+        model = load_model(
+            self.name,
+            dtype=args.dtype,
+            gguf_file=self.gguf_file,
+            trust_remote_code=args.trust_remote_code,
+        )
+        if self.layers is not None:
+            cut_layers(model, self.layers)
+        if self.adapter is not None:
+            model = adapters.load(model, self.adapter)
+        check_weights(model, self.label)
+        check_lengths(model, [[0] * args.max_prompt_length], args.max_new_tokens)
+        return model.to(device).eval()
+
+    def fingerprint(self, rows: Sequence[Row], dtype: str) -> str:
+        """Changes with anything that the responses depend on beside SETTINGS: rows as this model
+        reads them, how it is loaded, and the size and time of its files."""
+        stats = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+            for folder in filter(None, (self.name, self.adapter))
+            for pattern in ("*.safetensors", "*.gguf")
+            for file in sorted(Path(folder).glob(pattern))
+        ]
+        how = (self.name, self.adapter, self.gguf_file, self.layers, dtype, stats)
+        return _digest([how, [(row.id, row.prompt_ids, row.example.references) for row in rows]])
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def load_checkpoints(args: EvalArguments) -> list[Checkpoint]:
+    names = map(adapters.find, args.model_name_or_path, args.adapter)
+    found = []
+    for label, (name, adapter), gguf, layers in zip(
+        args.labels, names, args.gguf_file, args.student_layers, strict=True
+    ):
+        tokenizer = load_tokenizer(name, gguf_file=gguf, trust_remote_code=args.trust_remote_code)
+        found.append(Checkpoint(label, name, adapter, gguf, layers, tokenizer))
+    return found
+
+
+# ------------------------------------------------------------------------------- rows
+
+
+def find_sets(args: EvalArguments) -> dict[str, Source]:
+    """Every set asked for, by name; raises ValueError if there is none."""
     sets = {}
     if args.data_dir is not None:
         folder = Path(args.data_dir)
         if not folder.is_dir():
             raise ValueError(f"data_dir: got {folder}, expected an existing folder")
-        sets = {n: str(folder / f) for n, f in PAPER_SETS.items() if (folder / f).is_file()}
+        for name, known in PAPER_SETS.items():
+            here = [str(folder / f) for f in known.files if (folder / f).is_file()]
+            if here:
+                sets[name] = Source((here[0],), known.first, known.note)
         if not sets and not args.data:
-            raise ValueError(f"data_dir: {folder} has none of {list(PAPER_SETS.values())}")
+            files = [file for known in PAPER_SETS.values() for file in known.files]
+            raise ValueError(f"data_dir: {folder} has none of {files}")
     for item in args.data:
         name, _, source = item.rpartition("=")
-        sets[name or Path(source).stem] = source
-    return sets or {"embedded": EMBEDDED}
+        sets[name or Path(source).stem] = Source((source,))
+    return sets or {"embedded": Source((EMBEDDED,))}
+
+
+def read_set(
+    source: Source, checkpoints: Sequence[Checkpoint], args: EvalArguments, console: Console
+) -> list[list[Row]]:
+    """The rows with a reference as each checkpoint reads them: those that are short enough for all,
+    or scores could not be compared."""
+    limit = min((n for n in (source.first, args.limit) if n is not None), default=None)
+    examples, report = read_examples(source.files[0], split="valid", limit=limit)
+    examples = [e for e in examples if e.references]
+    if not examples:
+        raise ValueError(f"{report.source}: got no row with a reference")
+    read = []
+    for checkpoint in checkpoints:
+        mine = copy.deepcopy(report)
+        rows = tokenize(
+            examples,
+            mine,
+            checkpoint.tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=sys.maxsize,  # references are only compared with, never fed
+            template=args.template,
+        ).rows
+        if not read or len(rows) != len(read[0]):
+            console.print(f"{checkpoint.label}, {mine}", markup=False, highlight=False)
+        read.append(rows)
+    fit = set.intersection(*({row.id for row in rows} for rows in read))
+    if not fit:
+        raise ValueError(f"{report.source}: got no row that is short enough for every model")
+    return [[row for row in rows if row.id in fit] for rows in read]
+
+
+# ------------------------------------------------------------------------------- scores
 
 
 def evaluate_set(
@@ -97,13 +237,15 @@ def evaluate_set(
     vocabulary: Vocabulary,
     args: EvalArguments,
     name: str = "",
-) -> dict:
-    """Scores of one set: for each metric its mean and deviation over the seeds, and each seed's."""
+    engine=None,
+) -> tuple[dict, list[list[str]]]:
+    """Scores of one set, for each metric its mean and deviation over the seeds, and each seed's;
+    and the responses of each seed."""
     references = [row.example.references for row in rows]
-    runs = []
-    steps = args.max_new_tokens * -(-len(rows) // args.batch_size)  # an upper bound per seed
-    for number, seed in enumerate(args.seeds, start=1):
-        with tqdm(total=steps, desc=f"{name}, seed {number}/{len(args.seeds)}", unit="tok") as bar:
+    responses = []
+    with tqdm(total=len(rows) * len(args.seeds), desc=name, unit="row") as bar:
+        for seed in args.seeds:
+            done = bar.n
             texts = metrics.generate(
                 model,
                 rows,
@@ -112,105 +254,143 @@ def evaluate_set(
                 Sampling(seed=seed, student_temperature=args.temperature),
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
-                on_step=lambda _t, _running, bar=bar: bar.update(),
+                engine=engine,
+                on_step=lambda _, left, done=done: bar.update(done + len(rows) - left - bar.n),
             )
-        runs.append(metrics.score(texts, references))
-    result: dict = {"rows": len(rows)}
-    for metric in runs[0]:
-        values = [run[metric] for run in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        result[metric] = {"mean": statistics.mean(values), "std": deviation, "seeds": values}
-    result["floors"] = metrics.floors(rows)
-    return result
+            responses.append(texts)
+    runs = [metrics.score(texts, references) for texts in responses]
+    return {metric: spread([run[metric] for run in runs]) for metric in runs[0]}, responses
 
 
-FLOORS = {"prompt_copied": "  copied", "another_reference": "  other"}
+def write_responses(folder: str, label: str, name: str, rows, seeds, responses) -> None:
+    path = responses_file(folder, label, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for seed, texts in zip(seeds, responses, strict=True):
+            for row, text in zip(rows, texts, strict=True):
+                references = row.example.references
+                record = {"row": row.id, "seed": seed, "prompt": row.example.question,
+                          "response": text, "references": references,
+                          "rouge_l": metrics.rouge_l(text, references)}  # fmt: skip
+                file.write(json.dumps(record) + "\n")
 
 
-def print_results(results: dict, console: Console) -> None:
-    table = Table(
-        title=f"{results['model']}: Rouge-L and BLEU, {len(results['seeds'])} seeds",
-        caption="floors: the prompt copied, and another row's reference",
-    )
-    table.add_column("set")  # narrow terminals wrap the names, not the numbers
-    table.add_column("rows", justify="right", no_wrap=True)
-    for column in ("Rouge-L", "1-10 words", "11+ words", "BLEU"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=12)
-    columns = ("rouge_l", "rouge_l_1_to_10_words", "rouge_l_11_words_up", "bleu")
+def responses_file(folder: str, label: str, name: str) -> Path:
+    label, name = (quote(x, safe=" ").replace("..", "%2E%2E") for x in (label, name))
+    return Path(folder) / label / f"{name}.jsonl"
 
-    def cell(values: dict, metric: str) -> str:
-        value = values.get(metric)
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:.2f}"
-        spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
-        return f"{value['mean']:.2f}{spread}"
 
-    for name, scores in results["sets"].items():
-        table.add_row(name, str(scores["rows"]), *(cell(scores, m) for m in columns))
-        for floor, values in scores["floors"].items():
-            table.add_row(FLOORS[floor], "", *(cell(values, m) for m in columns), style="dim")
-    console.print(table)
+# ------------------------------------------------------------------------------- results
+
+
+def begin(args: EvalArguments) -> dict:
+    """The results so far; ValueError if those in the file were made with other settings."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    path = Path(args.json)
+    if args.overwrite or not path.exists():
+        return {"settings": settings, "sets": {}, "models": {}}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results = {key: results[key] for key in ("settings", "sets", "models")}
+        before = {name: results["settings"][name] for name in SETTINGS}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"json: {path} holds something else; expected a new file") from None
+    for name, value in settings.items():
+        if before[name] != value:
+            raise ValueError(
+                f"json: {path} holds results with {name} {before[name]}, got {value}; expected "
+                "equal settings, another file, or --overwrite true"
+            )
+    return results
+
+
+def write(path: str, text: str) -> None:
+    """Whole or not at all."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def note_set(results: dict, name: str, source: Source, rows: Sequence[Row]) -> None:
+    """Describe a set in the results; scores on other rows than these are dropped."""
+    content = _digest([(row.id, row.example.question, row.example.references) for row in rows])
+    if results["sets"].get(name, {}).get("content") == content:
+        return
+    for model in results["models"].values():
+        model["sets"].pop(name, None)
+    results["sets"][name] = {
+        "source": Path(source.files[0]).name,
+        "rows": len(rows),
+        "note": source.note,
+        "content": content,
+        "floors": metrics.floors(rows),
+    }
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    sets: dict[str, list[Row]],
+    results: dict,
+    args: EvalArguments,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Fill in what `results` lacks of one model, set by set, and write it down."""
+    label, folder, model = checkpoint.label, args.save_responses, None
+    mine = results["models"].setdefault(label, {"sets": {}})
+    mine["model"] = checkpoint.adapter or checkpoint.name
+    for name, rows in sets.items():
+        key = checkpoint.fingerprint(rows, args.dtype)
+        complete = folder is None or responses_file(folder, label, name).exists()
+        if complete and mine["sets"].get(name, {}).get("fingerprint") == key:
+            console.print(f"{label}, {name}: taken from {args.json}", highlight=False)
+            continue
+        if model is None:
+            model = checkpoint.load(args, device)
+            vocabulary = share_vocabulary(None, model, None, checkpoint.tokenizer)
+            engine = metrics.engine_for(model)
+        scores, responses = evaluate_set(
+            model, rows, checkpoint.tokenizer, vocabulary, args, f"{label}, {name}", engine
+        )
+        if folder is not None:
+            write_responses(folder, label, name, rows, args.seeds, responses)
+        mine["sets"][name] = {"fingerprint": key, **scores}
+        write(args.json, json.dumps(results, indent=1) + "\n")
 
 
 def run(args: EvalArguments, console: Console) -> dict:
-    sets = find_sets(args)
-    options = {"trust_remote_code": args.trust_remote_code, "gguf_file": args.gguf_file}
-    base, adapter = adapters.find(args.model_name_or_path, args.adapter)
-    tokenizer = load_tokenizer(base, **options)
+    """All models on all sets; returns the results, which the JSON file holds, too."""
+    device, results, sets = find_device(args.device), begin(args), find_sets(args)
+    checkpoints = load_checkpoints(args)
     read = {}
     for name, source in sets.items():  # all data first: a bad file should not cost an hour
-        examples, report = read_examples(source, split="valid", limit=args.limit)
-        examples = [e for e in examples if e.references]
-        if not examples:
-            raise ValueError(f"{report.source}: got no row with a reference")
-        rows = tokenize(
-            examples,
-            report,
-            tokenizer,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=sys.maxsize,  # references are only compared with, never fed
-            template=args.template,
-        )
-        console.print(str(report), markup=False, highlight=False)
-        read[name] = rows.rows
-    model = load_model(base, dtype=args.dtype, **options)
-    if args.student_layers is not None:
-        cut_layers(model, args.student_layers)
-    if adapter is not None:
-        model = adapters.load(model, adapter)
-    check_weights(model, "model")
-    check_lengths(model, [[0] * args.max_prompt_length], args.max_new_tokens)
-    vocabulary = share_vocabulary(None, model, None, tokenizer)
-    results = {
-        "model": args.adapter or args.model_name_or_path,
-        "temperature": args.temperature,
-        "seeds": args.seeds,
-        "sets": {},
-    }
-    for name, rows in read.items():
-        results["sets"][name] = evaluate_set(model, rows, tokenizer, vocabulary, args, name)
-        if args.output is not None:  # after each set, so that Ctrl-C keeps what is done
-            path = Path(args.output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        read[name] = read_set(source, checkpoints, args, console)
+        note_set(results, name, source, read[name][0])
+    for i, checkpoint in enumerate(checkpoints):
+        mine = {name: rows[i] for name, rows in read.items()}
+        evaluate_checkpoint(checkpoint, mine, results, args, device, console)
     print_results(results, console)
+    if args.markdown is not None:
+        write(args.markdown, markdown(results))
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
     console = Console()
     parser = HfArgumentParser(EvalArguments, prog="python -m switchkd.evaluate", allow_abbrev=False)
+    path = None
     try:
         (args,) = parser.parse_args_into_dataclasses(argv)
+        path = args.json
         run(args, console)
     except (ValueError, OSError) as error:
         console.print("[bold red]error:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped" + (f"; finished sets are in {args.output}" if args.output else ""))
+        console.print(f"stopped; finished sets are in {path}: the same command goes on")
         return 130
     return 0
 

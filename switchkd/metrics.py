@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,9 +15,13 @@ from switchkd_kernels import divergence_loss, jsd
 from torch import nn
 
 from switchkd.data import Row
+from switchkd.decoder import rollout as block_rollout
+from switchkd.engine import Engine
 from switchkd.losses import collate, response_hidden, response_labels
 from switchkd.models import Vocabulary, decoder_of, head_of
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches
+
+log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
@@ -120,6 +125,16 @@ def teacher_forced(
     return total
 
 
+def engine_for(model: nn.Module) -> Engine | None:
+    """An engine that decodes `model` alone; None, with the reason in the log, for an architecture
+    that its cache cannot serve."""
+    try:
+        return Engine(None, model)
+    except ValueError as error:
+        log.warning("sampling without the block decoder's cache: %s", error)
+        return None
+
+
 def generate(
     model: nn.Module,
     rows: Sequence[Row],
@@ -129,15 +144,19 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
+    engine: Engine | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """One sampled response per row, in order; the noise is keyed by row, not by batch."""
+    """One sampled response per row, in order; the noise is keyed by row, not by batch.
+
+    engine: `engine_for` this model, to keep its memory and graphs from call to call. A model that
+    has none takes the naive loop, which writes the same tokens. on_step(tokens or steps so far,
+    rows that are not finished) is called after every round.
+    """
     if not rows:
         return []
-    rollout = rollout_in_batches(
-        None,
-        model,
-        [row.prompt_ids for row in rows],
+    prompts, waiting = [row.prompt_ids for row in rows], len(rows)
+    options = dict(
         batch_size=batch_size,
         sequence_ids=[row.id for row in rows],
         sampling=sampling,
@@ -145,8 +164,21 @@ def generate(
         eos_token_ids=vocabulary.eos_token_ids,
         pad_token_id=vocabulary.pad_token_id,
         vocab_size=vocabulary.size,
-        on_step=on_step,
     )
+
+    def of_all(step: int, running: int) -> None:  # of the batch, says the naive loop
+        nonlocal waiting
+        waiting -= min(batch_size, waiting) if step == 0 else 0
+        if on_step is not None:
+            on_step(step, waiting + (running if step + 1 < max_new_tokens else 0))
+
+    engine = engine or engine_for(model)
+    # The model, or its copy for decoding, has the type that it is to write in.
+    with torch.autocast(model.device.type, enabled=False):
+        if engine is None:
+            rollout = rollout_in_batches(None, model, prompts, on_step=of_all, **options)
+        else:
+            rollout = block_rollout(None, model, prompts, engine=engine, on_step=on_step, **options)
     completions = rollout.completions()
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EMBEDDED = "embedded"  # the small teacher that ships with the package
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
@@ -46,6 +46,11 @@ def load_model(name: str, *, dtype="auto", gguf_file: str | None = None, **kwarg
                 delattr(owner, mark)
         model.is_quantized = False
     return model
+
+
+def load_config(name: str, *, gguf_file: str | None = None, **kwargs):
+    """The configuration of what `load_model` would load; no weights are read."""
+    return _load(AutoConfig, name, gguf_file, **kwargs)
 
 
 def _load(factory, name: str, gguf_file: str | None, **kwargs):

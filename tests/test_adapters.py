@@ -150,7 +150,8 @@ def written(run, monkeypatch, *arguments) -> list[list[str]]:
         patch.setattr(evaluate.metrics, "generate", record)
         code = evaluate.main(
             ["--data", f"rows={run / 'rows.jsonl'}", "--seeds", "1", "--max_new_tokens", "8",
-             "--max_prompt_length", "40", *arguments]
+             "--max_prompt_length", "40", "--json", str(run / "results.json"),
+             "--overwrite", "true", *arguments]
         )  # fmt: skip
     assert code == 0
     return texts

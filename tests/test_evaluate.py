@@ -5,10 +5,23 @@ import json
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
+from rich.console import Console
 
 from switchkd import metrics
 from switchkd.data import Report, examples_from, tokenize
-from switchkd.evaluate import PAPER_SETS, EvalArguments, find_sets, main
+from switchkd.evaluate import (
+    PAPER_SETS,
+    Checkpoint,
+    EvalArguments,
+    Source,
+    find_sets,
+    main,
+    read_set,
+    responses_file,
+)
+from switchkd.evaluate_table import average, spread
+from switchkd.models import share_vocabulary
+from switchkd.rollout import Sampling, rollout_in_batches
 
 
 def rows_of(records):
@@ -56,55 +69,218 @@ def test_floors_by_hand():
 
 def test_sets_of_the_paper_are_found_by_file(tmp_path):
     (tmp_path / "dolly").mkdir()
-    for name in ("dolly/test.jsonl", "vicuna.jsonl"):
+    for name in ("dolly/test.jsonl", "vicuna.jsonl", "self_inst.jsonl", "unnatural_short.jsonl"):
         (tmp_path / name).write_text("{}\n")
     sets = find_sets(EvalArguments(data_dir=str(tmp_path), data=["mine=x.jsonl", "some/set"]))
-    assert list(sets) == ["Dolly", "Vicuna", "mine", "set"]
-    assert set(PAPER_SETS) == {"Dolly", "SelfInst", "Vicuna", "S-NI", "UnNI"}
+    assert list(sets) == ["Dolly", "SelfInst", "Vicuna", "UnNI short", "mine", "set"]
+    assert sets["Dolly"].files == (str(tmp_path / "dolly" / "test.jsonl"),)
+    assert sets["SelfInst"].first == 242 and sets["UnNI short"].note and not sets["Dolly"].note
+    assert {"Dolly", "SelfInst", "Vicuna", "S-NI", "UnNI"} < set(PAPER_SETS)
     with pytest.raises(ValueError, match="has none of"):
-        find_sets(EvalArguments(data_dir=str(tmp_path / "dolly")))
+        find_sets(EvalArguments(data_dir=str(tmp_path / "dolly" / "..") + "/dolly"))
+
+
+def save_model(folder, seed):
+    tiny_model(vocab_size=258, dtype=torch.float32, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def save_rows(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 @pytest.fixture
 def model_dir(tmp_path):
-    tiny_model(vocab_size=258, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"say {i}", "completion": "a b c"} for i in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for seed, name in enumerate(("model", "other")):
+        save_model(tmp_path / name, seed)
+    save_rows(tmp_path / "rows.jsonl", [{"prompt": f"say {i}", "completion": "a b c"}
+                                        for i in range(5)])  # fmt: skip
+    save_rows(tmp_path / "more.jsonl", [{"prompt": f"now {i}", "completion": "d e"}
+                                        for i in range(3)])  # fmt: skip
     return tmp_path
 
 
-def evaluate(folder, out, **changes):
+def evaluate(folder, out, *flags, **changes):
     values = {
         "model_name_or_path": folder / "model",
         "data": f"tiny={folder}/rows.jsonl",
         "max_prompt_length": 20,
         "max_new_tokens": 8,
-        "output": folder / out,
+        "json": folder / out,
+        "device": "cpu",
         **changes,
     }
-    argv = [str(part) for key, value in values.items() for part in (f"--{key}", value)]
-    return main(argv)
+    argv = []
+    for key, value in values.items():
+        value = value if isinstance(value, (list, tuple)) else [value]
+        argv += [f"--{key}", *map(str, value)]
+    return main([*argv, *flags])
+
+
+def results(folder, name):
+    return json.loads((folder / name).read_text())
 
 
 def test_the_command_writes_mean_deviation_and_floors(model_dir, capsys):
-    assert evaluate(model_dir, "a.json") == 0
-    result = json.loads((model_dir / "a.json").read_text())
-    scores = result["sets"]["tiny"]
-    assert scores["rows"] == 5 and len(scores["rouge_l"]["seeds"]) == 5
+    assert evaluate(model_dir, "a.json", labels="m") == 0
+    got = results(model_dir, "a.json")
+    scores = got["models"]["m"]["sets"]["tiny"]
+    assert got["sets"]["tiny"]["rows"] == 5 and len(scores["rouge_l"]["seeds"]) == 5
     for metric in ("rouge_l", "bleu", "rouge_l_1_to_10_words"):
         assert {"mean", "std", "seeds"} == scores[metric].keys()
-    assert scores["floors"].keys() == {"prompt_copied", "another_reference"}
+    assert got["sets"]["tiny"]["floors"].keys() == {"prompt_copied", "another_reference"}
     text = capsys.readouterr().out
-    assert "  copied" in text and "  other" in text and "±" in text
+    assert "prompt copied" in text and "another reference" in text and "±" in text
     # the noise is keyed by row and seed, so the batch size changes nothing
-    assert evaluate(model_dir, "b.json", batch_size=2) == 0
-    assert json.loads((model_dir / "b.json").read_text())["sets"] == result["sets"]
+    assert evaluate(model_dir, "b.json", labels="m", batch_size=2) == 0
+    assert results(model_dir, "b.json") == got
+
+
+def sample_both_ways(model, seed):
+    """Responses of `generate` and of the naive loop; the rows that `generate` said were left."""
+    records = [{"prompt": "x" * n, "completion": "y"} for n in (3, 9, 1, 5, 7)]
+    rows, tokenizer, left = rows_of(records), byte_tokenizer(), []
+    vocabulary = share_vocabulary(None, model, None, tokenizer)
+    options = dict(sampling=Sampling(seed=seed), max_new_tokens=12, batch_size=2)
+    told = dict(on_step=lambda _, n: left.append(n))
+    texts = metrics.generate(model, rows, tokenizer, vocabulary, **options, **told)
+    naive = rollout_in_batches(
+        None, model, [row.prompt_ids for row in rows], sequence_ids=[row.id for row in rows],
+        eos_token_ids=vocabulary.eos_token_ids, pad_token_id=0, vocab_size=vocabulary.size,
+        **options,
+    )  # fmt: skip
+    want = [tokenizer.decode(x, skip_special_tokens=True).strip() for x in naive.completions()]
+    return texts, want, left
+
+
+def test_samples_are_those_of_the_naive_loop(monkeypatch):
+    model = tiny_model(vocab_size=258)
+    monkeypatch.setattr(metrics, "rollout_in_batches", None)  # not what `generate` may call
+    texts, want, left = sample_both_ways(model, seed=1)
+    assert texts == want and len(set(texts)) > 1
+    assert left[-1] == 0 and left == sorted(left, reverse=True)
+    assert sample_both_ways(model, seed=2)[0] != texts
+
+
+def test_a_model_that_the_cache_cannot_serve_is_sampled_step_by_step(monkeypatch, caplog):
+    window = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    model = tiny_model("qwen2", vocab_size=258, **window)
+    monkeypatch.setattr(metrics, "block_rollout", None)
+    texts, want, left = sample_both_ways(model, seed=1)
+    assert texts == want and "sliding" in caplog.text
+    assert left[-1] == 0 and left == sorted(left, reverse=True) and left[0] > 2
+
+
+def test_checkpoints_side_by_side_share_one_engine_each(model_dir, monkeypatch):
+    engines = []
+
+    def engine_for(model, made=metrics.engine_for):
+        engines.append(made(model))
+        return engines[-1]
+
+    monkeypatch.setattr(metrics, "engine_for", engine_for)
+    models = [model_dir / "model", model_dir / "other"]
+    data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
+    code = evaluate(
+        model_dir, "r.json", model_name_or_path=models, labels=["A", "B|"], data=data,
+        seeds=[1, 2], markdown=model_dir / "t.md", save_responses=model_dir / "texts",
+    )  # fmt: skip
+    assert code == 0 and len(engines) == 2 and all(e.slots == 5 for e in engines)
+    got = results(model_dir, "r.json")
+    cells = {m: [got["models"][m]["sets"][s]["rouge_l"] for s in got["sets"]] for m in ("A", "B|")}
+    assert cells["A"] != cells["B|"]
+    by_seed = [sum(c["seeds"][i] for c in cells["A"]) / 2 for i in (0, 1)]
+    mean, std = sum(by_seed) / 2, abs(by_seed[0] - by_seed[1]) / 2**0.5
+    lines = (model_dir / "t.md").read_text().splitlines()
+    assert lines[0] == "|  | tiny (5) | more (3) | average |"
+    assert lines[2].startswith("| A | ") and lines[2].endswith(f" | {mean:.2f} ±{std:.2f} |")
+    assert [line.split(" | ")[0] for line in lines[3:6]] == [
+        "| B\\|", "| prompt copied", "| another reference"
+    ]  # fmt: skip
+    saved = [json.loads(x) for x in (model_dir / "texts" / "A" / "more.jsonl").open()]
+    assert [(r["row"], r["seed"]) for r in saved] == [(i, s) for s in (1, 2) for i in (1, 2, 3)]
+    of_first = [r["rouge_l"] for r in saved if r["seed"] == 1]
+    assert sum(of_first) / 3 == pytest.approx(cells["A"][1]["seeds"][0])
+
+
+def test_finished_sets_outlive_a_killed_run_and_are_not_run_again(model_dir, monkeypatch, capsys):
+    data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
+    asked, generate = [], metrics.generate
+
+    def counted(model, rows, *args, **options):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(rows))
+        return generate(model, rows, *args, **options)
+
+    monkeypatch.setattr(metrics, "generate", counted)
+    assert evaluate(model_dir, "k.json", data=data, seeds=[1, 2]) == 130
+    label = str(model_dir / "model")
+    assert list(results(model_dir, "k.json")["models"][label]["sets"]) == ["tiny"]
+    asked[:] = []
+    assert evaluate(model_dir, "k.json", data=data, seeds=[1, 2]) == 0
+    assert asked == [3, 3]  # the two seeds of the second set alone
+    assert list(results(model_dir, "k.json")["models"][label]["sets"]) == ["tiny", "more"]
+
+    asked[:] = []
+    assert evaluate(model_dir, "k.json", data=data, seeds=[1]) == 1  # other settings
+    assert "holds results with seeds" in " ".join(capsys.readouterr().out.split())
+    assert asked == []
+    save_model(model_dir / "model", seed=5)  # other weights under the same name
+    assert evaluate(model_dir, "k.json", seeds=[1, 2]) == 0
+    assert asked == [5, 5]
+    asked[:] = []
+    assert evaluate(model_dir, "k.json", "--overwrite", "true", seeds=[1]) == 0
+    assert asked == [5] and list(results(model_dir, "k.json")["sets"]) == ["tiny"]
+
+
+def test_responses_are_kept_apart():
+    names = ("runs/a", "runs_a", "v1.5", "..", "v1.6")
+    files = {responses_file("out", label, "S-NI") for label in names}
+    assert len(files) == 5 and all(f.parts[0] == "out" and len(f.parts) == 3 for f in files)
+    assert ".." not in {part for f in files for part in f.parts}
+    assert responses_file("out", "m", "set 1.5") != responses_file("out", "m", "set 1.6")
+
+
+def test_rows_too_long_for_one_model_are_left_out_for_all(model_dir):
+    class Halves:  # two characters a token
+        chat_template, eos_token_id = None, 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(range(2, 3 + len(text) // 2))}
+
+    records = [{"prompt": "x" * n, "completion": "y"} for n in (4, 12, 6)]
+    save_rows(model_dir / "long.jsonl", records)
+    args = EvalArguments(max_prompt_length=8)
+    checkpoints = [Checkpoint(x, x, None, None, t) for x, t in
+                   (("a", Halves()), ("b", byte_tokenizer()))]  # fmt: skip
+    read = read_set(
+        Source((str(model_dir / "long.jsonl"),)), checkpoints, args, Console(quiet=True)
+    )
+    assert [[row.id for row in rows] for rows in read] == [[1, 3], [1, 3]]
+    assert [len(row.prompt_ids) for row in read[0]] == [3, 4]
+
+
+def test_a_set_that_is_not_the_papers_is_not_in_the_average():
+    sets = {n: {"note": "x" if n == "c" else ""} for n in "abc"}
+    values = {n: spread(seeds) for n, seeds in (("a", [1, 3]), ("b", [5, 5]), ("c", [90, 90]))}
+    assert average(values, sets) == {"mean": 3.5, "std": pytest.approx(0.5**0.5), "seeds": [3, 4]}
+    assert average({**values, "b": None}, sets) is None
 
 
 def test_bad_arguments_are_told(model_dir, capsys):
+    def said():
+        return " ".join(capsys.readouterr().out.split())
+
     assert evaluate(model_dir, "c.json", limit=0) == 1
-    assert "limit: got 0, expected" in capsys.readouterr().out
+    assert "limit: got 0, expected" in said()
     assert evaluate(model_dir, "c.json", data="x=absent.jsonl") == 1
-    assert "expected an existing .jsonl file" in " ".join(capsys.readouterr().out.split())
+    assert "expected an existing .jsonl file" in said()
+    twice = [model_dir / "model"] * 2
+    assert evaluate(model_dir, "c.json", model_name_or_path=twice) == 1
+    assert "expected a name of its own for each model (--labels)" in said()
+    assert evaluate(model_dir, "c.json", model_name_or_path=twice, labels="A") == 1
+    assert "expected one for each of 2 models" in said()
+    assert evaluate(model_dir, "rows.jsonl") == 1
+    assert "holds something else" in said()
     assert not (model_dir / "c.json").exists()

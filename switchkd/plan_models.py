@@ -1,0 +1,142 @@
+"""Teacher and student as a training run would load them, without their weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from switchkd.config import ScriptArguments, SwitchConfig
+from switchkd.models import cut_layers, disable_dropout, load_config
+from switchkd.rollout import check_lengths
+from switchkd.train import peft_config
+
+
+@dataclass
+class Pair:
+    """Models of fake tensors. decoding: the student as it writes rollouts, the same or a copy."""
+
+    mode: FakeTensorMode
+    student: nn.Module
+    decoding: nn.Module
+    teacher: nn.Module | None
+    shared_base: bool  # the teacher is the student without its adapter
+    notes: list[str]
+
+    @property
+    def copied(self) -> bool:
+        return self.decoding.dtype != next(self.student.parameters()).dtype
+
+
+def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
+    """Raises ValueError as loading would: unknown models, layers, lengths, dtypes."""
+    notes: list[str] = []
+    name, gguf = script.model_name_or_path, script.gguf_file
+    mine = _config(script, name, gguf, script.model_revision, "student", notes)
+    theirs = None
+    shared = bool(getattr(config, "teacher_is_base", False))
+    if script.teacher_model_name_or_path is not None and not shared:
+        theirs = _config(
+            script, script.teacher_model_name_or_path, script.teacher_gguf_file,
+            script.teacher_model_revision, "teacher", notes,
+        )  # fmt: skip
+    elif config.needs_teacher and not shared:
+        raise ValueError(
+            "teacher_model_name_or_path: got None, expected a teacher "
+            f"(rollout_policy {config.rollout_policy}, loss_type {config.loss_type})"
+        )
+    dtype = _dtype(script.dtype, mine, gguf)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):  # adapters cannot be added to fake tensors
+        student = _student(script, config, mine, dtype, trained=True)
+        decoding_dtype = config.decoding_dtype() or next(student.parameters()).dtype
+        decoding = student
+        if decoding_dtype != next(student.parameters()).dtype:
+            decoding = _student(script, config, mine, decoding_dtype, trained=False)
+        teacher = None
+        if shared:
+            teacher = _student(script, config, mine, dtype, trained=False)
+        elif theirs is not None:
+            their_dtype = _dtype(script.teacher_dtype, theirs, script.teacher_gguf_file)
+            teacher = _skeleton(script, theirs, their_dtype).eval().requires_grad_(False)
+    with mode:
+        for model in {id(m): m for m in (student, decoding, teacher) if m is not None}.values():
+            to_fake(model)
+    for model in (student, teacher):
+        if model is not None:
+            check_lengths(model, [[0] * config.max_prompt_length], config.max_new_tokens)
+    return Pair(mode, student, decoding, teacher, shared, notes)
+
+
+def to_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model on the meta device by fake ones, tied ones by one."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:  # a bias that is not there
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    made[id(tensor)] = new
+                store[name] = made[id(tensor)]
+
+
+def _config(script, name, gguf_file, revision, role, notes):
+    config = load_config(
+        name,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=script.trust_remote_code,
+    )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and gguf_file is None:
+        method = dict(quantised).get("quant_method", "unknown")
+        notes.append(f"the {role} is quantised ({method}) and counted as if it were not")
+        del config.quantization_config
+    return config
+
+
+def _dtype(name: str, config, gguf_file: str | None) -> torch.dtype:
+    if name == "auto":
+        stored = None if gguf_file is not None else config.get_text_config().dtype
+        return stored or torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: got {name!r}, expected float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def _skeleton(script: ScriptArguments, config, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config),
+        dtype=dtype,
+        attn_implementation=script.attn_implementation,
+        trust_remote_code=script.trust_remote_code,
+    )
+
+
+def _student(script, config: SwitchConfig, model_config, dtype, *, trained: bool) -> nn.Module:
+    model = _skeleton(script, model_config, dtype)
+    if script.student_layers is not None:
+        cut_layers(model, script.student_layers)
+    if not trained:
+        return model.eval().requires_grad_(False)
+    adapter = peft_config(script)
+    if adapter is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter)
+    if config.disable_dropout:
+        disable_dropout(model)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
+        )
+    return model.train()

@@ -1,0 +1,133 @@
+"""How long a step takes: counted operations over what a device can do.
+
+Each operation takes the longer of its FLOPs over the rate of matrix products and its bytes over the
+copy bandwidth (the roofline model), one after another. Both are measured here by a short probe; for
+a device that is not here they are data-sheet numbers, which no program reaches, so that the times
+are lower bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from switchkd.cache import position_bytes
+from switchkd.doctor import copy_bandwidth, find_device, median_seconds
+from switchkd.plan_memory import Memory
+from switchkd.plan_meter import Op, decoding_pass
+from switchkd.planner import GUESS
+
+GIB = 2**30
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory in bytes, copy bandwidth in bytes a second, dense matrix products in FLOP/s."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    full: float  # float32
+    half: float  # bfloat16 and float16
+    measured: bool = False
+
+    def seconds(self, ops: list[Op]) -> float:
+        return sum(
+            max(
+                op.flops / (self.half if op.dtype in HALF else self.full), op.moved / self.bandwidth
+            )
+            for op in ops
+        )
+
+
+# Data-sheet numbers, nothing of it measured: memory, bandwidth in GB/s, dense TFLOP/s of float32
+# (without TF32) and of bfloat16. SXM and OAM versions where there are several.
+DATA_SHEETS = {
+    "A100-40GB": Device("A100-40GB", 40 * GIB, 1555e9, 19.5e12, 312e12),
+    "A100-80GB": Device("A100-80GB", 80 * GIB, 2039e9, 19.5e12, 312e12),
+    "H100-80GB": Device("H100-80GB", 80 * GIB, 3350e9, 67e12, 989e12),
+    "H200-141GB": Device("H200-141GB", 141 * GIB, 4800e9, 67e12, 989e12),
+    "L40S-48GB": Device("L40S-48GB", 48 * GIB, 864e9, 91.6e12, 362e12),
+    "MI300X-192GB": Device("MI300X-192GB", 192 * GIB, 5300e9, 163.4e12, 1307e12),
+}
+
+
+def probe(name: str | None = None) -> Device:
+    """The CPU or a GPU of this machine, measured for a second or two."""
+    device = find_device(name)
+    gpu = device.type == "cuda"
+    width, rates = 4096 if gpu else 1024, []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
+        seconds = median_seconds(lambda a=a, b=b: a @ b, device, repeats=5)
+        rates.append(2 * width**3 / seconds)
+    memory = torch.cuda.mem_get_info(device)[0] if gpu else psutil.virtual_memory().available
+    return Device(str(device), memory, copy_bandwidth(device), *rates, measured=True)
+
+
+def find(name: str | None) -> Device:
+    """A device of this machine, or of the table."""
+    known = {key.lower(): device for key, device in DATA_SHEETS.items()}
+    if name is not None and name.lower() in known:
+        return known[name.lower()]
+    try:
+        return probe(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or of data sheets: {', '.join(DATA_SHEETS)}") from None
+
+
+def rollout_seconds(memory: Memory, device: Device) -> float:
+    """All rows at once as far as there are slots. Drafter and block length are the cheapest if a
+    draft is right as often as the planner guesses before it has seen any; one token at a time where
+    one model writes all."""
+    config, sizes = memory.config, memory.asked
+    rows, slots = config.lmbda * sizes.rows * sizes.accumulation, sizes.slots
+    if rows == 0:
+        return 0.0
+    reach = config.max_prompt_length + config.max_new_tokens / 2
+    passes, prefill = {}, 0.0
+    with memory.pair.mode:
+        for role, model in memory.decoders.items():
+            cached = slots * reach * position_bytes(model) / device.bandwidth
+            one, many = (
+                device.seconds(decoding_pass(model, slots, k, logits=True).ops) for k in (1, 8)
+            )
+            passes[role] = {k: cached + one + (many - one) * (k - 1) / 7 for k in range(1, 9)}
+            prefill += device.seconds(memory.prefill[role].ops)
+    alone = "teacher" if config.rollout_policy == "teacher" else "student"
+    if len(passes) == 1 or alone == "teacher":
+        token = passes[alone][1]
+    else:
+        blocks = [k for k in memory.blocks if k in passes[alone]]
+        token = min(_round_seconds(passes, d, k) for d in passes for k in blocks or [1])
+    turns = max(rows / slots, 1.0)
+    refresh = 0.0
+    if memory.pair.copied:
+        refresh = 2 * memory.fixed["student's copy for decoding"] / device.bandwidth
+    return turns * (prefill + config.max_new_tokens * token) + refresh
+
+
+def _round_seconds(passes: dict[str, dict[int, float]], drafter: str, k: int) -> float:
+    """Of one token: k drafts and a pass over them, of which 1 + a + ... + a^(k-1) stand."""
+    (other,) = set(passes) - {drafter}
+    right = 0.5 + 0.5 * GUESS
+    return (k * passes[drafter][1] + passes[other][k]) / sum(right**i for i in range(k))
+
+
+def step_seconds(memory: Memory, device: Device) -> dict[str, float]:
+    """Seconds of an optimizer step by part, with the sizes asked, every row at its limits."""
+    config, sizes, times = memory.config, memory.asked, {}
+    times["rollout"] = rollout_seconds(memory, device)
+    for name, phase in memory.micro_steps[0].items():
+        times[name] = sizes.accumulation * device.seconds(phase.ops)
+    if memory.keeps_hidden:  # only rows that were not rolled out
+        times["teacher forward"] *= 1 - config.lmbda
+    fixed = memory.fixed
+    trained = sum(p.nbytes for p in memory.pair.student.parameters() if p.requires_grad)
+    share = memory.processes if memory.sharded else 1
+    moved = 3 * trained / share + 2 * fixed["optimizer state"]  # gradient read, the rest read, too
+    times["optimizer"] = moved / device.bandwidth
+    return times
