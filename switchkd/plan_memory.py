@@ -12,8 +12,15 @@ from torch import nn
 
 from switchkd.cache import position_bytes
 from switchkd.config import SwitchConfig
-from switchkd.models import decoder_of, head_of
-from switchkd.plan_meter import Loss, Phase, Shape, decoding_pass, training_steps
+from switchkd.models import decoder_of
+from switchkd.plan_meter import (
+    Loss,
+    Phase,
+    Shape,
+    decoding_pass,
+    head_weight,
+    training_steps,
+)
 from switchkd.plan_models import Pair
 from switchkd.planner import BLOCKS
 
@@ -83,12 +90,12 @@ class Memory:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        return self.cast or head_of(self.pair.student).weight.dtype
+        return self.cast or head_weight(self.pair.student).dtype
 
     @cached_property
     def loss(self) -> Loss:
         heads = [m for m in (self.pair.student, self.pair.teacher) if m is not None]
-        vocab = min(head_of(m).weight.shape[0] for m in heads)
+        vocab = min(head_weight(m).shape[0] for m in heads)
         plain = self.implementation == "reference"
         width = 4 if plain else self.product_dtype.itemsize
         chunk = max(16, CHUNK_BYTES[self.implementation] // (width * vocab))
@@ -145,7 +152,7 @@ class Memory:
         if not self.keeps_hidden or self.pair.teacher is None:
             return 0
         teacher = self.pair.teacher
-        width = head_of(teacher).weight.shape[1] * teacher.dtype.itemsize
+        width = head_weight(teacher).shape[1] * teacher.dtype.itemsize
         return rows * self.config.max_new_tokens * width
 
     def measure(self, rows: int, count: int) -> list[dict[str, Phase]]:

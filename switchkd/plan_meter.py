@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from switchkd.models import decoder_of, head_of
+from switchkd.models import decoder_of
 
 aten = torch.ops.aten
 
@@ -109,6 +109,10 @@ def _cost(function, args, kwargs, out, given: list[Tensor], made: list[Tensor]) 
 # ------------------------------------------------------------------------------- passes
 
 
+def head_weight(model: nn.Module) -> Tensor:
+    return model.get_output_embeddings().weight
+
+
 @dataclass(frozen=True)
 class Shape:
     """A micro-batch with every row at its limits."""
@@ -194,9 +198,9 @@ def training_steps(
     those of sharded weights do. Call it with fake models, in their mode.
     """
     meter = Meter(*(m for m in (student, teacher) if m is not None))
-    head, teacher_head = head_of(student).weight, None
+    head, teacher_head = head_weight(student), None
     if teacher is not None:
-        teacher_head = head_of(teacher).weight
+        teacher_head = head_weight(teacher)
     steps, hooks = [], []
     if not keep_gradients:
         trained = [p for p in student.parameters() if p.requires_grad]

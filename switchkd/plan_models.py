@@ -49,6 +49,8 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
             "teacher_model_name_or_path: got None, expected a teacher "
             f"(rollout_policy {config.rollout_policy}, loss_type {config.loss_type})"
         )
+    if getattr(script, "teacher_quantization", None) is not None:
+        notes.append("the quantised teacher is counted as if it were not")
     dtype = _dtype(script.dtype, mine, gguf)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):  # adapters cannot be added to fake tensors
