@@ -65,7 +65,7 @@ def response_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor
     for rows in by_length(ends.tolist(), PASS_COST):
         width = int(ends[rows[0]])
         part = {name: batch[name][rows, :width] for name in PASSED}
-        counts = part["completion_mask"].sum(1).tolist()
+        counts = part["completion_mask"][:, 1:].sum(1).tolist()
         parts = _padded_hidden(model, decoder, part).split(counts)
         states.update(zip(rows, parts, strict=True))
     return torch.cat([states[row] for row in range(len(mask))])
