@@ -82,6 +82,7 @@ class Bench:
 
     def __init__(self, pair: pairs.Pair, args: argparse.Namespace, folder: str):
         self.pair, self.args, self.device = pair, args, pair.student.device
+        self.described = describe(self.device)  # now: a long run may outlive the commit
         pair.student.requires_grad_(True)
         pair.teacher.requires_grad_(False)
         for model in (pair.teacher, pair.student):
@@ -181,7 +182,7 @@ class Bench:
             "repeats": len(self.steps[0].phases),
             "clock": self.args.clock,
             "models": self.pair.label,
-            "device": describe(self.device),
+            "device": self.described,
             "transformers": transformers.__version__,
         }
         rows = []

@@ -64,3 +64,10 @@ def test_states_and_gradients_do_not_depend_on_the_grouping(monkeypatch):
         results.append((hidden.detach(), gradients))
     assert fed == [2 * 51, 3 * 6, 5 * 51]
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_sequence_without_a_prompt_has_one_state_less():
+    """Its first token is predicted by nothing, as in the extra language-model text."""
+    model, mask = tiny_model("llama"), torch.ones(3, 5, dtype=torch.int64)
+    batch = {"input_ids": mask + 4, "attention_mask": mask, "completion_mask": mask.bool()}
+    assert losses.response_hidden(model, decoder_of(model), batch).shape == (3 * 4, 32)
