@@ -252,7 +252,7 @@ def test_rows_too_long_for_one_model_are_left_out_for_all(model_dir):
     records = [{"prompt": "x" * n, "completion": "y"} for n in (4, 12, 6)]
     save_rows(model_dir / "long.jsonl", records)
     args = EvalArguments(max_prompt_length=8)
-    checkpoints = [Checkpoint(x, x, None, None, t) for x, t in
+    checkpoints = [Checkpoint(x, x, None, None, None, t) for x, t in
                    (("a", Halves()), ("b", byte_tokenizer()))]  # fmt: skip
     read = read_set(
         Source((str(model_dir / "long.jsonl"),)), checkpoints, args, Console(quiet=True)
