@@ -153,17 +153,13 @@ def test_rows_further_apart_than_32_bits(small_blocks):
 
 @pytest.mark.parametrize("form", ONE_EACH, ids=name)
 def test_small_divergences_keep_their_digits(form):
-    """Largest relative errors of 48 such rows, Triton / plain torch in float32:
+    """Largest relative errors of 12 such rows, Triton / plain torch in float32:
 
                          value at 1e-6      value at 1e-9      gradient at 1e-9
-    kl_teacher_student   2.1e-7 / 1.8e-7    9.3e-6 / 1.4e-5    1.8e-7 / 9.8e-3
-    kl_student_teacher   2.2e-7 / 2.6e-7    9.2e-6 / 1.4e-5    1.8e-7 / 1.9e-7
-    skew_kl              3.1e-7 / 2.3e-7    1.6e-5 / 1.0e-5    2.9e-7 / 2.3e-7
-    skew_reverse_kl      1.8e-7 / 2.4e-7    1.6e-5 / 1.0e-5    2.9e-7 / 1.8e-7
-      detached mixture                                         2.1e-7 / 2.0e-7
-    generalized_jsd .1   2.0e-7 / 2.2e-7    1.9e-6 / 1.8e-6    2.4e-7 / 1.8e-7
-    jsd                  1.5e-7 / 1.9e-7    6.4e-6 / 4.1e-6    2.7e-7 / 1.5e-7
-    tvd                  2.9e-2 / 3.3e-2    first order in the error of a sum, 1e-7 in all
+    kl_teacher_student   2.8e-7 / 2.0e-7    7.4e-6 / 4.7e-5    3.0e-7 / 2.1e-7
+    kl_student_teacher   2.9e-7 / 1.4e-7    8.3e-6 / 3.2e-5    1.7e-7 / 2.0e-7
+    skew_kl              3.6e-7 / 2.5e-7    5.4e-6 / 1.2e-5    2.1e-7 / 3.6e-7
+    tvd                  6.2e-3 / 1.4e-2    first order in the error of a sum, 1e-7 in all
     """
     teacher, student = logits(4, 2000)
     noise = student - teacher
@@ -393,7 +389,7 @@ def test_refused_shapes_dtypes_and_devices(loss):
         (z, z[:, :3], ValueError, "4 and 3 logits a row: pass vocab_size"),
         (z, z[:1], ValueError, r"all but the last dimension, got \(2, 4\) and \(1, 4\)"),
         (z, z.double(), RuntimeError, "cannot run: its kernels take float32, .* got torch.float64"),
-        (z.long(), z, RuntimeError, "float32, float16 and bfloat16, got torch.int64"),
+        (z.long(), z, TypeError, "must be floating point, got torch.int64"),
         (z, z.to("meta"), ValueError, "must be on one device, got .*meta"),
     ):
         with pytest.raises(error, match=message):

@@ -57,13 +57,14 @@ def interpreting() -> bool:
 def choose(impl: str | None, *tensors: Tensor | None) -> str:
     """The implementation for these tensors: the one asked for, or the fastest that can run.
 
-    Raises ValueError for tensors on several devices, RuntimeError for an explicit choice that
-    cannot run, with the reason.
+    Raises ValueError for tensors on several devices, TypeError for one that is not floating point,
+    RuntimeError for an explicit choice that cannot run, with the reason.
     """
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors must be on one device, got {', '.join(map(str, devices))}")
     check.one_of("impl", impl, (None, *IMPLS))
+    check.compute_dtype(*(tensor for tensor in tensors if tensor is not None))
     if impl == "reference":
         return impl
     if impl is None:

@@ -43,7 +43,9 @@ _SHARED, _REDRAW = tl.constexpr(STREAM_TOKEN), tl.constexpr(STREAM_REDRAW)
 # occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. 128
 # registers let two programs share a multiprocessor, with nothing spilled (kernel_resources.csv).
 # Rows are split until there are four programs for each, so that one loads while another computes.
+# Rows that are loaded in pieces keep a maximum for every logit, and spill within 128.
 BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
+MORE_REGISTERS = 168
 
 
 @triton.jit
@@ -271,6 +273,7 @@ def _launch(
     partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
     layout = backend.layout(vocab_size, BLOCK, teacher, student)
+    registers = REGISTERS if layout["GROUP"] > 1 else MORE_REGISTERS
 
     def draw(known: Tensor | None, temperature: float) -> int:
         return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
@@ -293,7 +296,7 @@ def _launch(
                 bits and metric == "jsd" and not scan,
                 PHASE=phase, SPLITS=1 if scan else triton.next_power_of_2(splits),
                 BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
-                **backend.at_most(REGISTERS, device),
+                **backend.at_most(registers, device),
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
