@@ -13,6 +13,13 @@
 #else
 #define SWITCHKD_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define SWITCHKD_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // its pass over the host's code
+#define SWITCHKD_UNROLL
+#else
+#define SWITCHKD_UNROLL _Pragma("GCC unroll 10")
+#endif
 
 // One source is compiled for several instruction sets. Each has a namespace of its own: the linker
 // keeps one copy of an inline function, and it must not be one that the processor cannot run.
@@ -25,11 +32,30 @@ inline namespace SWITCHKD_CAPABILITY {
 
 constexpr float LN2 = 0.6931471805599453f;
 
+#if defined(__CUDA_ARCH__)  // one instruction for a power of 2, a reciprocal, a minimum, a maximum
+SWITCHKD_HOST_DEVICE float exp(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  return power;
+}
+SWITCHKD_HOST_DEVICE float quotient(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+}
+SWITCHKD_HOST_DEVICE float min(float a, float b) { return ::fminf(a, b); }
+SWITCHKD_HOST_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
+#else
 SWITCHKD_HOST_DEVICE float exp(float x) { return ::expf(x); }
-SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
-SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
+template <class F>
+SWITCHKD_HOST_DEVICE F quotient(F a, F b) {  // a few roundings are allowed
+  return a / b;
+}
 SWITCHKD_HOST_DEVICE float min(float a, float b) { return a < b ? a : b; }
 SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
+#endif
+SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
+SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }
 
 // ------------------------------------------------------------------------------- noise
@@ -48,7 +74,7 @@ struct Words {
 template <class W>
 SWITCHKD_HOST_DEVICE Words<W> philox(uint64_t seed, Words<W> c) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
+  SWITCHKD_UNROLL
   for (int round = 0; round < 10; ++round) {
     W a = wide_product(c.w0, 0xD2511F53u), b = wide_product(c.w2, 0xCD9E8D57u);
     c.w0 = (b >> 32) ^ c.w1 ^ static_cast<uint64_t>(key0);
@@ -181,7 +207,7 @@ SWITCHKD_HOST_DEVICE F jsd_terms(F x, F d) {
   near = s2 * near + 1.0f / 9;
   near = s2 * near - 0.25f;
   near = s2 * near + 0.5f;
-  F t = e / (e + 2.0f), t2 = t * t;
+  F t = quotient(e, e + 2.0f), t2 = t * t;
   F log = t2 * (2.0f / 11) + 2.0f / 9;
   log = t2 * log + 2.0f / 7;
   log = t2 * log + 2.0f / 5;
