@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "plan.h"
 
@@ -33,8 +34,17 @@ SWITCHKD_DEVICE void block_sync() { __syncthreads(); }
 
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 
-SWITCHKD_DEVICE uint32_t shuffle_xor(uint32_t word, int mask) {
-  return __shfl_xor_sync(ALL_LANES, word, mask);
+template <class T>
+SWITCHKD_DEVICE T shuffle_xor(const T& mine, int mask) {
+  constexpr int WORDS = sizeof(T) / 4;
+  static_assert(sizeof(T) == 4 * WORDS, "");
+  uint32_t word[WORDS];
+  memcpy(word, &mine, sizeof mine);
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) word[i] = __shfl_xor_sync(ALL_LANES, word[i], mask);
+  T other;
+  memcpy(&other, word, sizeof other);
+  return other;
 }
 SWITCHKD_DEVICE int first_lane(int value) { return __shfl_sync(ALL_LANES, value, 0); }
 SWITCHKD_DEVICE bool any_lane(bool holds) { return __any_sync(ALL_LANES, holds) != 0; }

@@ -15,7 +15,7 @@ constexpr int THREADS = SWITCHKD_THREADS, WARPS = THREADS / 32;  // of a block
 constexpr int QUAD = 4;                                          // tokens that share a call of Philox
 constexpr int TILE = 2 * QUAD * THREADS;  // tokens that are copied together: two quads a thread
 constexpr int STREAM_SLOTS = 3;           // tiles in flight where rows are streamed
-constexpr int MAX_TILES = 128, MAX_CLUSTER = 8, MAX_SPLITS = 64;
+constexpr int MAX_TILES = 64, MAX_CLUSTER = 8, MAX_SPLITS = 64;
 constexpr int64_t MAX_VOCAB = int64_t{1} << 28;  // bytes of a row are counted in 32 bits
 constexpr int64_t HEADER_BYTES = 2048;  // of shared memory, for what is not logits
 

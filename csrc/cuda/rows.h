@@ -50,22 +50,15 @@ SWITCHKD_DEVICE Shared& shared_of_block() { return *reinterpret_cast<Shared*>(bl
 
 // ------------------------------------------------------------------------------- reductions
 
-SWITCHKD_DEVICE float across(float x, int mask) { return as_float(shuffle_xor(as_bits(x), mask)); }
-SWITCHKD_DEVICE Scan across(const Scan& x, int mask) {
-  return {across(x.top, mask), across(x.total, mask), across(x.best, mask),
-          static_cast<int>(shuffle_xor(static_cast<uint32_t>(x.token), mask))};
+SWITCHKD_DEVICE float join(float a, float b) { return a + b; }
+SWITCHKD_DEVICE Scans join(const Scans& a, const Scans& b) {
+  return {{join(a.model[0], b.model[0]), join(a.model[1], b.model[1])}};
 }
 
-SWITCHKD_DEVICE float warp_join(float sum) {
+template <class Value>
+SWITCHKD_DEVICE Value warp_join(Value x) {
   SWITCHKD_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) sum += across(sum, mask);
-  return sum;
-}
-SWITCHKD_DEVICE Scans warp_join(Scans x) {
-  SWITCHKD_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2)
-    SWITCHKD_UNROLL
-    for (int m = 0; m < 2; ++m) x.model[m] = join(x.model[m], across(x.model[m], mask));
+  for (int mask = 16; mask > 0; mask /= 2) x = join(x, shuffle_xor(x, mask));
   return x;
 }
 
@@ -189,9 +182,7 @@ SWITCHKD_DEVICE void scan_tile(const Selection& how, const Tiles& tiles, int til
 SWITCHKD_DEVICE void judge(const Selection& how, int64_t row, const Scans* parts, int count,
                            Verdict& verdict) {
   Scans all = {{NOTHING, NOTHING}};
-  for (int i = thread_index(); i < count; i += 32)
-    SWITCHKD_UNROLL
-    for (int m = 0; m < 2; ++m) all.model[m] = join(all.model[m], parts[i].model[m]);
+  for (int i = thread_index(); i < count; i += 32) all = join(all, parts[i]);
   all = warp_join(all);
   if (thread_index() != 0) return;
   verdict.valid = true;

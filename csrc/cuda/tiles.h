@@ -62,7 +62,7 @@ struct Rows {
     return shared + index * (TILE * size + 16) + phase;  // slot_bytes
   }
   SWITCHKD_DEVICE Lines lines(int begin, int end) const {  // with what is shared with other tiles
-    int first = begin - (phase + begin) % 16, last = end + (-phase - end & 15);
+    int first = begin - (phase + begin) % 16, last = end + (-(phase + end) & 15);
     if (first < 0) first += 16;
     if (last > bytes) last -= 16;
     return {first, last > first ? last : first};
