@@ -7,7 +7,7 @@
 namespace switchkd {
 inline namespace SWITCHKD_CAPABILITY {
 
-constexpr int BLOCK = 512, GROUP = 2 * LANES;  // a group of tokens shares a call of Philox
+constexpr int BLOCK = 512, GROUP = 4 * LANES;  // a group of tokens shares two calls of Philox
 
 SWITCHKD_INLINE int padded(int64_t count) {
   return static_cast<int>((count + GROUP - 1) / GROUP * GROUP);

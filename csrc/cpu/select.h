@@ -8,9 +8,10 @@ inline namespace SWITCHKD_CAPABILITY {
 
 // ------------------------------------------------------------------------------- noise
 
-// Words of tokens 4 block .. 4 block + GROUP - 1, in order, in two registers.
+// Words of tokens 4 block .. 4 block + GROUP - 1, in order. The two calls of Philox are independent,
+// and each is as long as its ten rounds are deep, so that they run side by side.
 struct GroupWords {
-  Bits half[2];
+  Bits part[GROUP / LANES];
 };
 
 SWITCHKD_INLINE GroupWords group_words(const Counter& counter, uint32_t block) {
@@ -19,19 +20,29 @@ SWITCHKD_INLINE GroupWords group_words(const Counter& counter, uint32_t block) {
   Wide order;
   for (int i = 0; i < LANES / 2; ++i) order[i] = (i % 2) * (LANES / 4) + i / 2;
   const WideWords position{Wide{} + counter.position}, low_id{Wide{} + counter.low};
-  const WideWords high_id{Wide{} + counter.high}, blocks{order + block};
-  const Words<WideWords> start{blocks, position, low_id, high_id}, w = philox(counter.seed, start);
-  Wide a = (w.w0.v & 0xFFFFFFFFu) | w.w1.v << 32, b = (w.w2.v & 0xFFFFFFFFu) | w.w3.v << 32;
+  const WideWords high_id{Wide{} + counter.high};
+  Words<WideWords> w[2];
+  for (int i = 0; i < 2; ++i) {
+    const WideWords blocks{order + (block + i * LANES / 2)};
+    w[i] = philox(counter.seed, Words<WideWords>{blocks, position, low_id, high_id});
+  }
+  GroupWords words;
+  for (int i = 0; i < 2; ++i) {
+    Wide a = (w[i].w0.v & 0xFFFFFFFFu) | w[i].w1.v << 32;
+    Wide b = (w[i].w2.v & 0xFFFFFFFFu) | w[i].w3.v << 32;
 #if SWITCHKD_LANES == 16
-  Wide low = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-  Wide high = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    Wide low = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+    Wide high = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
 #elif SWITCHKD_LANES == 8
-  Wide low = __builtin_shufflevector(a, b, 0, 4, 2, 6);
-  Wide high = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+    Wide low = __builtin_shufflevector(a, b, 0, 4, 2, 6);
+    Wide high = __builtin_shufflevector(a, b, 1, 5, 3, 7);
 #else
-  Wide low = __builtin_shufflevector(a, b, 0, 2), high = __builtin_shufflevector(a, b, 1, 3);
+    Wide low = __builtin_shufflevector(a, b, 0, 2), high = __builtin_shufflevector(a, b, 1, 3);
 #endif
-  return {{(Bits)low, (Bits)high}};
+    words.part[2 * i] = (Bits)low;
+    words.part[2 * i + 1] = (Bits)high;
+  }
+  return words;
 }
 
 struct Best {
@@ -39,38 +50,53 @@ struct Best {
   int64_t token = 0;
 };
 
+// Lanes of y whose noise, by its bound, may lift them above `best`.
+SWITCHKD_INLINE unsigned may_win(const float* y, Bits words, const Best& best) {
+  Vec bits = to_float((Bits)to_float(words >> 1).v);
+  return lanes_of(load(y) - bits * GUMBEL_PER_BIT > Vec(best.value - GUMBEL_AT));
+}
+
+// The largest y + G of a group against the best so far, by the two logarithms of G, in scalars.
+template <int MODELS>
+__attribute__((noinline)) void try_group(
+    const float* const y[MODELS], Best* const best[MODELS], int64_t first, const GroupWords& words) {
+  for (int part = 0; part < GROUP / LANES; ++part) {
+    for (int k = 0; k < MODELS; ++k) {
+      const float* z = y[k] + part * LANES;
+      for (unsigned lanes = may_win(z, words.part[part], *best[k]); lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        const float value = z[lane] + gumbel(words.part[part][lane]);
+        if (value > best[k]->value)  // not >=: of equal values the first wins
+          *best[k] = {value, first + part * LANES + lane};
+      }
+    }
+  }
+}
+
 // Largest y + G so far, of one or two rows that share their noise. Philox runs only where the
-// largest noise could win, and the two logarithms of G, in scalars, only where a bound of it does:
-// of a whole row that is a few times.
+// largest noise could win, and the noise itself only where a bound of it does: of a whole row that
+// is a few times.
 template <int MODELS>
 SWITCHKD_INLINE void noisy_block(
     const float* const y[MODELS], Best* const best[MODELS], int64_t first, int count,
     const Counter& counter) {
   for (int i = 0; i < count; i += GROUP) {
-    unsigned may_win = 0;
+    unsigned lanes = 0;
     for (int k = 0; k < MODELS; ++k) {
-      Vec top = max(load(y[k] + i), load(y[k] + i + LANES));
-      may_win |= lanes_of(top > Vec(best[k]->value - GUMBEL_MAX));
+      Vec top = load(y[k] + i);
+      for (int j = LANES; j < GROUP; j += LANES) top = max(load(y[k] + i + j), top);
+      lanes |= lanes_of(top > Vec(best[k]->value - GUMBEL_MAX));
     }
-    if (!may_win) continue;
-    GroupWords words = group_words(counter, static_cast<uint32_t>((first + i) / 4));
-    for (int half = 0; half < 2; ++half) {
-      Vec bits = to_float((Bits)to_float(words.half[half] >> 1).v);
-      for (int k = 0; k < MODELS; ++k) {
-        const float* z = y[k] + i + half * LANES;
-        Vec bound = load(z) - bits * GUMBEL_PER_BIT;
-        unsigned lanes = lanes_of(bound > Vec(best[k]->value - GUMBEL_AT));
-        if (!lanes) continue;
-        uint32_t word[LANES];
-        std::memcpy(word, &words.half[half], sizeof word);
-        for (; lanes; lanes &= lanes - 1) {
-          int lane = __builtin_ctz(lanes);
-          float value = z[lane] + gumbel(word[lane]);
-          if (value > best[k]->value)  // not >=: of equal values the first wins
-            *best[k] = {value, first + i + half * LANES + lane};
-        }
-      }
-    }
+    if (!lanes) continue;
+    const GroupWords words = group_words(counter, static_cast<uint32_t>((first + i) / 4));
+    lanes = 0;
+    for (int part = 0; part < GROUP / LANES; ++part)
+      for (int k = 0; k < MODELS; ++k)
+        lanes |= may_win(y[k] + i + part * LANES, words.part[part], *best[k]);
+    if (!lanes) continue;
+    const float* group[MODELS];
+    for (int k = 0; k < MODELS; ++k) group[k] = y[k] + i;
+    try_group<MODELS>(group, best, first + i, words);
   }
 }
 
@@ -82,38 +108,39 @@ struct Running {
   unsigned undefined = 0;  // lanes that met NaN or +inf
 };
 
-// One exponential an entry: the maximum of a block is known before, and seldom rises.
-SWITCHKD_INLINE void softmax_block(const float* z, int count, bool exponentials, Running& row) {
-  Vec top0 = Vec(-INFINITY), top1 = top0;
+// Returns the block's maximum. One exponential an entry: the maximum is known before, and that of
+// the row seldom rises.
+SWITCHKD_INLINE float softmax_block(const float* z, int count, bool exponentials, Running& row) {
+  Vec tops[2] = {Vec(-INFINITY), Vec(-INFINITY)};
   unsigned ordinary = ~0u;
-  for (int i = 0; i < count; i += GROUP) {
-    Vec a = load(z + i), b = load(z + i + LANES);
-    ordinary &= lanes_of(a < Vec(INFINITY)) & lanes_of(b < Vec(INFINITY));
-    top0 = max(a, top0);
-    top1 = max(b, top1);
+  for (int i = 0; i < count; i += 2 * LANES) {
+    for (int j = 0; j < 2; ++j) {
+      Vec x = load(z + i + j * LANES);
+      ordinary &= lanes_of(x < Vec(INFINITY));
+      tops[j] = max(x, tops[j]);
+    }
   }
   row.undefined |= ~ordinary & ((1u << LANES) - 1);
-  float top = largest(max(top0, top1));
+  const float top = largest(max(tops[0], tops[1]));
   if (top > row.top) {
     row.total = row.total * exp(row.top - top);
     row.top = top;
   }
-  if (!exponentials || row.top == -INFINITY) return;
-  Vec total0 = Vec(0.0f), total1 = total0;
-  for (int i = 0; i < count; i += GROUP) {
-    total0 = total0 + exp(load(z + i) - row.top);
-    total1 = total1 + exp(load(z + i + LANES) - row.top);
-  }
-  row.total = row.total + (total0 + total1);
+  if (!exponentials || row.top == -INFINITY) return top;
+  Vec totals[2] = {Vec(0.0f), Vec(0.0f)};
+  for (int i = 0; i < count; i += 2 * LANES)
+    for (int j = 0; j < 2; ++j)  // what is below e^-87 of the largest counts as that
+      totals[j] = totals[j] + exp_in_range(max(load(z + i + j * LANES) - row.top, Vec(-87.0f)));
+  row.total = row.total + (totals[0] + totals[1]);
+  return top;
 }
 
-SWITCHKD_INLINE void greedy_block(const float* z, int count, int64_t first, Best& best) {
-  for (int i = 0; i < count; i += LANES) {
-    for (unsigned lanes = lanes_of(load(z + i) > Vec(best.value)); lanes; lanes &= lanes - 1) {
-      int lane = __builtin_ctz(lanes);
-      if (z[i + lane] > best.value) best = {z[i + lane], first + i + lane};
-    }
-  }
+// The first of the block's largest, where that is above the best so far.
+SWITCHKD_INLINE void greedy_block(const float* z, float top, int64_t first, Best& best) {
+  if (!(top > best.value)) return;
+  int i = 0;
+  while (z[i] != top) ++i;
+  best = {top, first + i};
 }
 
 // z / T, -inf where a filter refuses it; NaN stays, and is found.
@@ -151,8 +178,8 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
       y[m] = z;
       if (noise[m] || how.filtered)
         y[m] = tempered_block(z, wide, how.temperature[m], how, scaled[m]);
-      softmax_block(how.filtered ? y[m] : z, wide, how.softmax, running[m]);
-      if (how.draw[m] == GREEDY) greedy_block(z, wide, first, best[m]);
+      const float top = softmax_block(how.filtered ? y[m] : z, wide, how.softmax, running[m]);
+      if (how.draw[m] == GREEDY) greedy_block(z, top, first, best[m]);
     }
     if (shared) {
       Best* both[2] = {&best[0], &best[1]};
@@ -196,10 +223,14 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
         total.add(kl_terms(x.p, x.q, x.d));
       }
     } else {
-      for (int i = 0; i < wide; i += LANES) {
-        const Vec t = load(teacher + i), z = load(student + i), d = log_ratio(t, z, shift);
-        total.add(jsd_terms(larger(t, z, d, shift), d));
+      Vec block[2] = {Vec(0.0f), Vec(0.0f)};
+      for (int i = 0; i < wide; i += 2 * LANES) {
+        for (int j = 0; j < 2; ++j) {
+          const Vec t = load(teacher + i + j * LANES), z = load(student + i + j * LANES);
+          block[j] = block[j] + jsd_terms(larger(t, z, shift), log_ratio(t, z, shift));
+        }
       }
+      total.add((block[0] + block[1]) * shift.teacher_inverse);
     }
   }
   return metric == RANK ? static_cast<float>(above) : total.result();
