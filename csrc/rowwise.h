@@ -49,13 +49,6 @@ SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
 SWITCHKD_HOST_DEVICE float exp_in_range(float x) { return exp(x); }  // of -87 <= x <= 88
 SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
 SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
-// b if either is NaN, as the instructions of x86 have it.
->>>>>>> cpu
-SWITCHKD_HOST_DEVICE float min(float a, float b) { return a < b ? a : b; }
-SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
-#endif
-SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
-SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }
 
 // ------------------------------------------------------------------------------- noise
