@@ -1,4 +1,4 @@
-"""`python benchmarks/cuda_resources.py`: what the kernels of csrc/cuda cost, compiled without a GPU.
+"""`python benchmarks/cuda_resources.py`: what the kernels of csrc/cuda cost; needs no GPU.
 
 nvcc compiles them for every target, warnings being errors, and their machine code is read. The
 result is results/cuda_resources.csv. `--check` compiles again and fails if one does not compile,

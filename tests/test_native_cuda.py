@@ -111,7 +111,8 @@ def library(tmp_path_factory):
         [*cxx, *EMULATED, "-O1", "-fPIC", "-x", "c++", "-c", str(CUDA / "select.cu")],
         _native.with_torch(cxx, CUDA / "ops.cpp", *EMULATED[3:], "-O0"),
     ]
-    _native.build(folder / "emulated.so", each, [*cxx, "-shared"])
+    link = [*cxx, "-shared", *_native.torch_libraries()]
+    _native.build(folder / "emulated.so", each, link)
     torch.ops.load_library(folder / "emulated.so")
 
 

@@ -20,6 +20,13 @@
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
+
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
 #endif
 
 #define SWITCHKD_KERNEL(...) void
@@ -37,7 +44,8 @@ struct Barrier {
 
 namespace emulated {
 
-// The thread sanitizer is told which fibre runs, and what orders one after another.
+// The thread sanitizer is told which fibre runs, what orders one after another, and not to look at
+// what is here, which is ordered by there being one processor.
 #if defined(__SANITIZE_THREAD__)
 inline void* new_fibre() { return __tsan_create_fiber(0); }
 inline void end_fibre(void* fibre) { __tsan_destroy_fiber(fibre); }
@@ -45,7 +53,20 @@ inline void* this_fibre() { return __tsan_get_current_fiber(); }
 inline void enter_fibre(void* fibre) { __tsan_switch_to_fiber(fibre, 1); }  // orders nothing
 inline void publish(void* at) { __tsan_release(at); }
 inline void observe(void* at) { __tsan_acquire(at); }
+struct Quiet {
+  Quiet() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Quiet() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
 #else
+struct Quiet {
+  Quiet() {}
+};
 inline void* new_fibre() { return nullptr; }
 inline void end_fibre(void*) {}
 inline void* this_fibre() { return nullptr; }
@@ -135,8 +156,14 @@ inline uint32_t random_word() {
   static uint32_t state = 1;
   return (state = state * 1664525u + 1013904223u) >> 8;
 }
-inline Thread& current() { return *cluster()->threads[cluster()->turn]; }
-inline Block& block() { return *cluster()->blocks[current().rank]; }
+inline Thread& current() {
+  const Quiet quiet;
+  return *cluster()->threads[cluster()->turn];
+}
+inline Block& block() {
+  const Quiet quiet;
+  return *cluster()->blocks[current().rank];
+}
 inline Warp& warp() { return block().warps[current().index / 32]; }
 
 [[noreturn]] inline void fail(const char* what) {
@@ -144,26 +171,35 @@ inline Warp& warp() { return block().warps[current().index / 32]; }
   std::abort();
 }
 
-// The next thread's turn; the scheduler's when all are done.
-inline void yield() {
+struct Turn {
+  ucontext_t* context;
+  void* fibre;
+};
+
+// Whose turn is next: a thread's, or the scheduler's when all are done.
+inline Turn next_turn() {
+  const Quiet quiet;
   Cluster& all = *cluster();
-  Thread& me = current();
   for (size_t left = all.threads.size(); left > 0; --left) {
     if (++all.turn == all.threads.size()) {
       all.turn = 0;
       if (++all.idle > 100) fail("nothing moves: not all reach a barrier, or copies are missing");
     }
-    if (&current() == &me && !me.done) return;
-    if (current().done) continue;
-    enter_fibre(current().fibre);
-    swapcontext(&me.context, &current().context);
-    return;
+    if (!current().done) return {&current().context, current().fibre};
   }
-  enter_fibre(all.fibre);
-  swapcontext(&me.context, &all.scheduler);
+  return {&all.scheduler, all.fibre};
+}
+
+inline void yield() {
+  ucontext_t* const mine = &current().context;
+  const Turn next = next_turn();
+  if (next.context == mine) return;
+  enter_fibre(next.fibre);
+  swapcontext(mine, next.context);
 }
 
 inline void arrive(Meeting& at) {
+  const Quiet quiet;
   publish(&at);
   if (++at.arrived < at.expected) return;
   at.arrived = 0;
@@ -171,10 +207,12 @@ inline void arrive(Meeting& at) {
   cluster()->idle = 0;
 }
 inline void wait(Meeting& at, unsigned turn) {
+  const Quiet quiet;
   while (at.turn == turn) yield();
   observe(&at);
 }
 inline void meet(Meeting& at) {
+  const Quiet quiet;
   const unsigned turn = at.turn;
   arrive(at);
   wait(at, turn);
@@ -182,6 +220,7 @@ inline void meet(Meeting& at) {
 
 // One of the bulk copies on their way, whichever.
 inline void make_a_copy() {
+  const Quiet quiet;
   std::vector<Copy>& copies = cluster()->copies;
   if (copies.empty()) return;
   std::swap(copies[random_word() % copies.size()], copies.back());
@@ -194,9 +233,19 @@ inline void make_a_copy() {
 }
 
 inline void start_thread() {
-  cluster()->body(cluster()->argument);
-  current().done = true;
-  cluster()->idle = 0;
+  Cluster* all;
+  {
+    const Quiet quiet;
+    all = cluster();
+  }
+  observe(all);
+  all->body(all->argument);
+  publish(all);
+  {
+    const Quiet quiet;
+    current().done = true;
+    all->idle = 0;
+  }
   yield();
 }
 
@@ -211,8 +260,10 @@ inline void run_cluster(int64_t row_block, int split, int size, int64_t bytes, v
   }
   for (size_t i = all.threads.size(); i > 1; --i)
     std::swap(all.threads[i - 1], all.threads[random_word() % i]);
+  publish(&all);
   enter_fibre(current().fibre);
   swapcontext(&all.scheduler, &current().context);
+  observe(&all);
   if (!all.copies.empty()) fail("a block ended before its copies were made");
   cluster() = nullptr;
 }
@@ -220,8 +271,14 @@ inline void run_cluster(int64_t row_block, int split, int size, int64_t bytes, v
 }  // namespace emulated
 
 inline int thread_index() { return emulated::current().index; }
-inline int64_t block_row() { return emulated::cluster()->row_block + emulated::current().rank; }
-inline int block_split() { return emulated::cluster()->split; }
+inline int64_t block_row() {
+  const emulated::Quiet quiet;
+  return emulated::cluster()->row_block + emulated::current().rank;
+}
+inline int block_split() {
+  const emulated::Quiet quiet;
+  return emulated::cluster()->split;
+}
 inline char* block_memory() { return emulated::block().memory; }
 inline void block_sync() { emulated::meet(emulated::block().meeting); }
 
@@ -231,6 +288,7 @@ inline void block_sync() { emulated::meet(emulated::block().meeting); }
 template <class T>
 const emulated::Value* warp_values(const T& mine) {
   static_assert(sizeof(T) <= sizeof(emulated::Value), "");
+  const emulated::Quiet quiet;
   emulated::Warp& warp = emulated::warp();
   auto* values = warp.value[warp.meeting.turn % 2];
   std::memcpy(values + emulated::current().index % 32, &mine, sizeof mine);
@@ -304,14 +362,19 @@ void async_wait() {
 
 // ------------------------------------------------------------------------------- clusters
 
-inline void barrier_start(Barrier* barrier) { *barrier = {0, false}; }
+inline void barrier_start(Barrier* barrier) {
+  const emulated::Quiet quiet;
+  *barrier = {0, false};
+}
 inline void barriers_ready() {}
 inline void barrier_expect(Barrier* barrier, int bytes) {
+  const emulated::Quiet quiet;
   barrier->bytes += bytes;
   barrier->expected = true;
   emulated::publish(barrier);
 }
 inline void barrier_wait(Barrier* barrier) {
+  const emulated::Quiet quiet;
   for (;;) {
     if (emulated::random_word() % 4 == 0) emulated::make_a_copy();
     emulated::observe(barrier);
@@ -322,15 +385,18 @@ inline void barrier_wait(Barrier* barrier) {
 inline void bulk_copy(void* to, const void* from, int bytes, Barrier* barrier) {
   const auto odd = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16;
   if (odd != 0 || bytes <= 0 || bytes % 16 != 0) emulated::fail("a bulk copy is not aligned");
+  const emulated::Quiet quiet;
   emulated::cluster()->copies.push_back({to, from, bytes, barrier, 0});
 }
 
 inline int cluster_rank() { return emulated::current().rank; }
 inline void cluster_arrive() {
+  const emulated::Quiet quiet;
   emulated::current().cluster_turn = emulated::cluster()->meeting.turn;
   emulated::arrive(emulated::cluster()->meeting);
 }
 inline void cluster_wait() {
+  const emulated::Quiet quiet;
   emulated::wait(emulated::cluster()->meeting, emulated::current().cluster_turn);
 }
 template <class T>

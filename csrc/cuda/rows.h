@@ -152,11 +152,18 @@ struct Draws {
 template <int T, int S>
 SWITCHKD_DEVICE void scan_tile(const Selection& how, const Tiles& tiles, int tile, int slot,
                                Draws& draws, int best[2], Scans& mine) {
+  const View<T> teacher = tiles.view<T>(0, slot);
+  const View<S> student = tiles.view<S>(1, slot);
   const int quads = tiles.quads(tile), lane = thread_index() % 32;
   for (int start = thread_index() - lane; start < quads; start += THREADS) {  // whole warps
     const int quad = start + lane, token = static_cast<int>(tiles.first(tile)) + quad * QUAD;
     float z[2][QUAD], top[2];
-    tiles.load<T, S>(slot, quad, quad < quads, z);
+    SWITCHKD_UNROLL
+    for (int i = 0; i < QUAD; ++i) z[0][i] = z[1][i] = -INFINITY;
+    if (quad < quads) {
+      teacher.load(quad, z[0]);
+      student.load(quad, z[1]);
+    }
     SWITCHKD_UNROLL
     for (int m = 0; m < 2; ++m) {
       Scan& scan = mine.model[m];
@@ -205,11 +212,14 @@ SWITCHKD_DEVICE void judge(const Selection& how, int64_t row, const Scans* parts
 
 template <int METRIC, int T, int S>
 SWITCHKD_DEVICE float measure_tile(const Tiles& tiles, int tile, int slot, const Verdict& verdict) {
+  const View<T> teacher = tiles.view<T>(0, slot);
+  const View<S> student = tiles.view<S>(1, slot);
   const int quads = tiles.quads(tile);
   float sum = 0.0f;
   for (int quad = thread_index(); quad < quads; quad += THREADS) {
     float z[2][QUAD];
-    tiles.load<T, S>(slot, quad, true, z);
+    teacher.load(quad, z[0]);
+    student.load(quad, z[1]);
     SWITCHKD_UNROLL
     for (int i = 0; i < QUAD; ++i) {
       if (METRIC == RANK) {

@@ -26,24 +26,35 @@ SWITCHKD_DEVICE float load_logit(const void* data, int64_t at, int dtype) {
   return widened(static_cast<const uint16_t*>(data)[at], dtype);
 }
 
-// Four logits from shared memory, in one piece where rows are aligned.
+// A tile of one model in shared memory; DTYPE may be ANY.
 template <int DTYPE>
-SWITCHKD_DEVICE void load_quad(const char* at, int dtype, bool aligned, float z[QUAD]) {
-  if (DTYPE != ANY) dtype = DTYPE;
-  if (dtype == FLOAT32) {
-    if (aligned) {
-      const Floats4 all = *reinterpret_cast<const Floats4*>(at);
-      for (int i = 0; i < QUAD; ++i) z[i] = all.x[i];
+struct View {
+  const char* at;  // its first logit
+  int dtype;
+  bool aligned;  // whether each quad is, and can be loaded in one piece
+
+  SWITCHKD_DEVICE void load(int quad, float z[QUAD]) const {
+    const int type = DTYPE == ANY ? dtype : DTYPE;
+    if (type == FLOAT32) {
+      const char* from = at + quad * (QUAD * 4);
+      if (aligned) {
+        const Floats4 all = *reinterpret_cast<const Floats4*>(from);
+        for (int i = 0; i < QUAD; ++i) z[i] = all.x[i];
+      } else {
+        for (int i = 0; i < QUAD; ++i) z[i] = reinterpret_cast<const float*>(from)[i];
+      }
     } else {
-      for (int i = 0; i < QUAD; ++i) z[i] = reinterpret_cast<const float*>(at)[i];
+      const char* from = at + quad * (QUAD * 2);
+      if (aligned) {
+        const Words2 all = *reinterpret_cast<const Words2*>(from);
+        for (int i = 0; i < QUAD; ++i) z[i] = widened(all.x[i / 2] >> (i % 2 * 16) & 0xFFFF, type);
+      } else {
+        for (int i = 0; i < QUAD; ++i)
+          z[i] = widened(reinterpret_cast<const uint16_t*>(from)[i], type);
+      }
     }
-  } else if (aligned) {
-    const Words2 all = *reinterpret_cast<const Words2*>(at);
-    for (int i = 0; i < QUAD; ++i) z[i] = widened(all.x[i / 2] >> (i % 2 * 16) & 0xFFFF, dtype);
-  } else {
-    for (int i = 0; i < QUAD; ++i) z[i] = widened(reinterpret_cast<const uint16_t*>(at)[i], dtype);
   }
-}
+};
 
 // Bytes [begin, end) of a row: whole lines of 16 bytes, which come at once. What a tile has before
 // and behind them comes entry by entry.
@@ -57,7 +68,6 @@ struct Rows {
   char* shared;     // slot 0
   int dtype, size, phase, bytes;  // of an entry, behind a multiple of 16, of the real vocabulary
 
-  SWITCHKD_DEVICE bool aligned() const { return phase % (QUAD * size) == 0; }
   SWITCHKD_DEVICE char* slot(int index) const {
     return shared + index * (TILE * size + 16) + phase;  // slot_bytes
   }
@@ -115,31 +125,24 @@ struct Tiles {
     return model[m].slot(slot) + (byte - first(tile) * model[m].size);
   }
 
-  // What no line brings of a tile: up to 15 bytes at either end of a row, and -inf to the end of
-  // its last quad. By all threads.
+  // What no line brings of a tile: up to 15 bytes at either end of a row, or 30 in all, and -inf to
+  // the end of its last quad. By all threads, of which there are more than such entries.
   SWITCHKD_DEVICE void copy_edges(int m, int tile, int slot) const {
     const Rows& from = model[m];
     const Lines whole = lines(m, tile);
     const int start = first(tile), stop = start + QUAD * quads(tile);
     const int head = whole.begin == whole.end ? start : whole.begin / from.size;
     const int tail = whole.begin == whole.end ? start : whole.end / from.size;
-    for (int i = start + thread_index(); i < head; i += THREADS)
-      from.copy_entry(i, place(m, tile, slot, i * from.size));
-    for (int i = tail + thread_index(); i < stop; i += THREADS)
-      from.copy_entry(i, place(m, tile, slot, i * from.size));
+    const int before = start + thread_index(), behind = tail + thread_index();
+    if (before < head) from.copy_entry(before, place(m, tile, slot, before * from.size));
+    if (behind < stop) from.copy_entry(behind, place(m, tile, slot, behind * from.size));
   }
 
-  // Logits of a quad of a tile; none of them where it has no such quad.
-  template <int T, int S>
-  SWITCHKD_DEVICE void load(int slot, int quad, bool inside, float z[2][QUAD]) const {
-    if (inside) {
-      load_quad<T>(model[0].slot(slot) + quad * QUAD * model[0].size, model[0].dtype,
-                   model[0].aligned(), z[0]);
-      load_quad<S>(model[1].slot(slot) + quad * QUAD * model[1].size, model[1].dtype,
-                   model[1].aligned(), z[1]);
-    } else {
-      for (int i = 0; i < QUAD; ++i) z[0][i] = z[1][i] = -INFINITY;
-    }
+  template <int DTYPE>
+  SWITCHKD_DEVICE View<DTYPE> view(int m, int slot) const {
+    const Rows& rows = model[m];
+    const int size = DTYPE == ANY ? rows.size : DTYPE == FLOAT32 ? 4 : 2;
+    return {rows.slot(slot), rows.dtype, rows.phase % (QUAD * size) == 0};
   }
 };
 

@@ -113,12 +113,11 @@ def commands(cxx: list[str], source: Path) -> tuple[list[list[str]], list[str]]:
     # process would bring threads of its own.
     flags = ["-fopenmp", *["-DSWITCHKD_X86"] * x86]
     each.append(with_torch(cxx, source / "ops.cpp", *flags))
-    library = root / "lib"
     own = sorted(
-        [*library.glob("lib*omp*.so*"), *root.with_name("torch.libs").glob("lib*omp*.so*")]
+        [*(root / "lib").glob("lib*omp*.so*"), *root.with_name("torch.libs").glob("lib*omp*.so*")]
     )
     openmp = str(own[0]) if own else "-fopenmp"
-    return each, [*cxx, "-shared", f"-L{library}", "-ltorch_cpu", "-lc10", openmp]
+    return each, [*cxx, "-shared", *torch_libraries(), openmp]
 
 
 def with_torch(cxx: list[str], file: Path, *flags: str) -> list[str]:
@@ -129,6 +128,10 @@ def with_torch(cxx: list[str], file: Path, *flags: str) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     start = [*cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", abi]
     return [*start, *flags, *include, "-c", str(file)]
+
+
+def torch_libraries() -> list[str]:
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def gencode(target: str) -> str:
@@ -145,8 +148,7 @@ def cuda_commands(
         with_torch(cxx, source / "cuda" / "ops.cpp"),
         [*cuda, host, *CUDA_FLAGS, *map(gencode, targets), "-c", kernels],
     ]
-    library = Path(torch.__file__).parent / "lib"
-    return each, [*cuda, host, "-shared", "-cudart=static", f"-L{library}", "-ltorch_cpu", "-lc10"]
+    return each, [*cuda, host, "-shared", "-cudart=static", *torch_libraries()]
 
 
 def compile_into(target: Path) -> None:
