@@ -30,6 +30,8 @@ DRAWS = ("switch_select", "sample")
 OURS = ("triton", "cpu", "reference")
 IMPLS = (*OURS, "eager", "compile", "liger", "trl", "orda")
 SEED = 7
+BOTH_KNOWN, STUDENT_KNOWN = "known", "student known"
+KNOWN_TOKENS = {"": 0, STUDENT_KNOWN: 1, BOTH_KNOWN: 2}  # the student's, then the teacher's
 
 
 class Case(NamedTuple):
@@ -37,7 +39,7 @@ class Case(NamedTuple):
     rows: int
     vocab: int
     dtype: torch.dtype
-    kind: str = ""  # of a loss: as the op's argument
+    kind: str = ""  # of a loss: as the op's argument; of switch_select: whose token is known
     widths: tuple[int, int] = (0, 0)  # hidden widths of student and teacher
     compiled: bool = False  # torch.compile takes seconds a shape: only some cases
 
@@ -52,26 +54,25 @@ class Case(NamedTuple):
 
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     """The shapes of an op, those compared with torch.compile first."""
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    vocabs = [32000, 50257, 128256, 151936] if gpu else [8192, 50257]
-    kinds, widths = [""], [(0, 0)]
+    if device.type != "cuda":
+        return _cpu_cases(op, quick)
+    vocabs, kinds, widths = [32000, 50257, 128256, 151936], [""], [(0, 0)]
     if op in DRAWS:
-        rows, compiled = ([1, 8, 32, 64, 256, 1024], [1, 32, 1024]) if gpu else ([1, 8, 32], [32])
+        rows, compiled = [1, 8, 32, 64, 256, 1024], [1, 32, 1024]
     elif op == "linear_divergence_loss":
-        rows, widths = ([1024, 8192], [(896, 3584), (4096, 4096)]) if gpu else ([256], [(64, 64)])
-        vocabs, compiled = vocabs[-2:] if gpu else vocabs[:1], rows[-1:]
+        rows, widths = [1024, 8192], [(896, 3584), (4096, 4096)]
+        vocabs, compiled = vocabs[-2:], rows[-1:]
         kinds = ["skew_reverse_kl", "generalized_jsd"]
     else:
-        rows, compiled = ([512, 4096, 8192], [512, 8192]) if gpu else ([1, 8, 32], [32])
+        rows, compiled = [512, 4096, 8192], [512, 8192]
         if op == "divergence_loss":
             kinds = ["skew_reverse_kl", "kl_teacher_student"]
     if quick:
         middle = len(rows) // 2
         rows, widths = rows[middle : middle + 1], widths[:1]
-        vocabs, compiled = vocabs[-1:] if gpu else vocabs[:1], rows
+        vocabs, compiled = vocabs[-1:], rows
     found = [
-        Case(op, n, v, dtype, kind, width, v == vocabs[-1] and n in compiled)
+        Case(op, n, v, torch.bfloat16, kind, width, v == vocabs[-1] and n in compiled)
         for kind in kinds
         for width in widths
         for v in vocabs
@@ -79,6 +80,23 @@ def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     ]
     found = [case for case in found if case.compiled or case.kind != "kl_teacher_student"]
     return sorted(found, key=lambda case: not case.compiled)
+
+
+def _cpu_cases(op: str, quick: bool) -> list[Case]:
+    """Two shapes that fill the processor and one row; switch_select with both, one and no token
+    known, that is with no noise, one model's and both models'."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    if op == "linear_divergence_loss":
+        kinds = ["skew_reverse_kl", "generalized_jsd"]
+        found = [Case(op, 256, 8192, float32, kind, (64, 64), True) for kind in kinds]
+    else:
+        kinds = {"switch_select": [BOTH_KNOWN, STUDENT_KNOWN, ""], "divergence_loss": [
+            "skew_reverse_kl", "kl_teacher_student"]}.get(op, [""])  # fmt: skip
+        shapes = [(64, 50257), (32, 151936), (1, 151936)]
+        found = [Case(op, *shape, float32, kind, compiled=True) for kind in kinds
+                 for shape in shapes]  # fmt: skip
+        found += [Case(op, 32, 151936, bfloat16, kind, compiled=True) for kind in kinds[:1]]
+    return [found[0]._replace(rows=8)] if quick else found
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, ...]:
@@ -95,7 +113,8 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, ...]:
         return normal(n, v), ids, ids % 500
     if case.op == "switch_select":
         threshold = torch.rand(n, generator=generator, device=device)
-        return normal(n, v), normal(n, v), threshold, ids, ids % 500
+        known = [ids * 7919 % v] * KNOWN_TOKENS[case.kind]
+        return normal(n, v), normal(n, v), threshold, ids, ids % 500, *known
     if case.op != "linear_divergence_loss":
         return normal(n, v), normal(n, v).requires_grad_()
     teacher = normal(n, ht), normal(v, ht) / ht**0.5
@@ -139,16 +158,25 @@ def eager_sample(logits: Tensor) -> Tensor:
     return (p / torch.empty_like(p).exponential_()).argmax(-1)
 
 
-def eager_select(teacher: Tensor, student: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
-    """Softmaxes, JSD in bits, comparison, and a draw from the writer; as SwitchSelection."""
+def eager_select(
+    teacher: Tensor, student: Tensor, threshold: Tensor,
+    student_token: Tensor | None = None, teacher_token: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Softmaxes, JSD in bits, comparison, and the writer's token, drawn where it is not known; as
+    SwitchSelection."""
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     log_m = ((p + q) / 2).log()
     nats = ((p * (log_p - log_m) + q * (log_q - log_m)) / 2).sum(-1)
     divergence = nats / math.log(2)
     from_teacher = divergence > threshold
-    probs = torch.where(from_teacher[:, None], p, q)
-    token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    if student_token is None:
+        probs = torch.where(from_teacher[:, None], p, q)
+        token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    else:
+        if teacher_token is None:
+            teacher_token = (p / torch.empty_like(p).exponential_()).argmax(-1)
+        token = torch.where(from_teacher, teacher_token, student_token)
     at = token[:, None]
     picked = log_p.gather(-1, at).squeeze(-1), log_q.gather(-1, at).squeeze(-1)
     return token, from_teacher, divergence, *picked
@@ -156,7 +184,7 @@ def eager_select(teacher: Tensor, student: Tensor, threshold: Tensor) -> tuple[T
 
 def eager(case: Case) -> Callable:
     if case.op == "switch_select":
-        return lambda t, s, threshold, ids, positions: eager_select(t, s, threshold)
+        return lambda t, s, threshold, ids, positions, *known: eager_select(t, s, threshold, *known)
     if case.op == "sample":
         return lambda z, ids, positions: eager_sample(z)
     if case.op == "linear_divergence_loss":
@@ -169,9 +197,11 @@ def eager(case: Case) -> Callable:
 
 def ours(case: Case, impl: str) -> Callable:
     if case.op == "switch_select":
-        return lambda t, s, threshold, ids, positions: switch_select(
-            t, s, threshold, seed=SEED, sequence_ids=ids, positions=positions, impl=impl
-        )
+        names = ("student_token", "teacher_token")
+        return lambda t, s, threshold, ids, positions, *known: switch_select(
+            t, s, threshold, seed=SEED, sequence_ids=ids, positions=positions, impl=impl,
+            **dict(zip(names, known, strict=False)),
+        )  # fmt: skip
     if case.op == "sample":
         return lambda z, ids, positions: sample(
             z, seed=SEED, sequence_ids=ids, positions=positions, impl=impl
@@ -267,12 +297,14 @@ def expected(case: Case, data: tuple[Tensor, ...]):
     """What the float64 reference says: of a draw the selection and both models' perturbed logits,
     of a loss its value and gradients (of 32 rows of logits, spread over all)."""
     if case.op in DRAWS:
-        *logits, ids, positions = [x.double() if x.is_floating_point() else x for x in data]
+        double = [x.double() if x.is_floating_point() else x for x in data]
+        logits = double[: 1 if case.op == "sample" else 2]
+        ids, positions = double[1:3] if case.op == "sample" else double[3:5]
         noise = reference.gumbel(SEED, ids, positions, case.vocab, device=ids.device)
+        perturbed = _favoured([z + noise for z in logits], data)
         if case.op == "sample":
-            return None, [logits[0] + noise]
-        options = {"seed": SEED, "sequence_ids": ids, "positions": positions}
-        return reference.switch_select(*logits, **options), [z + noise for z in logits[:2]]
+            return None, perturbed
+        return ours(case, "reference")(*double), perturbed
     if case.op == "linear_divergence_loss":
         double = [x.detach().double().requires_grad_(x.requires_grad) for x in data]
         value = linear_divergence_loss(*double, kind=case.kind, chunk_size=1024, impl="reference")
@@ -323,6 +355,13 @@ def differs(case: Case, impl: str, run: Callable, data, want) -> str | None:
     return None
 
 
+def _favoured(fields: list[Tensor], data: tuple[Tensor, ...]) -> list[Tensor]:
+    """Perturbed logits of teacher and student, in which a token that is known is the largest."""
+    for field, token in zip(fields[::-1], data[5:], strict=False):
+        field.scatter_(1, token[:, None], 1e9)
+    return fields
+
+
 def _draw_differs(case: Case, impl: str, run: Callable, data, want) -> str | None:
     """Tokens must maximise the perturbed logits of their writer. An implementation with noise of
     its own is shown logits so large that noise does not matter."""
@@ -346,7 +385,8 @@ def _draw_differs(case: Case, impl: str, run: Callable, data, want) -> str | Non
     if impl not in OURS:
         count, allowed = len(perturbed), 1e2
         sharp = [1e4 * z for z in data[:count]]
-        got, perturbed = run(*sharp, *data[count:]), [z.double() for z in sharp]
+        got = run(*sharp, *data[count:])
+        perturbed = _favoured([z.double() for z in sharp], data)
     token = (got if case.op == "sample" else got[0])[:, None]
     field = perturbed[0]
     if case.op == "switch_select":

@@ -5,11 +5,13 @@ differ, the run stops; a peer that differs is named and left out. Then, per case
 
 fwd, bwd, full   forward (of a loss: with its gradient to come), backward, both
 ... graph        the same as the replay of a CUDA graph, for the few rows of a decoding step
-ceiling          the large copy, the large product and the bare products of a head that were
-                 measured in the same run; `ceiling_share` is relative to them
+ceiling          the large copy, the large product, the bare products of a head and, on a CPU, the
+                 copy of both logits of a case that were measured in the same run;
+                 `ceiling_share` is relative to them, the time of a ceiling of the same case by
+                 that of the row (1 / 3: three times as long as the copy), else GB/s by GB/s
 
 GB/s counts what an op cannot avoid moving (see `bytes_moved`), so it compares implementations as
-times do. torch.compile is measured where the vocabulary is largest.
+times do. torch.compile is measured where the vocabulary is largest, on a CPU everywhere.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from benchmarks.timing import (
     Timer,
     Times,
     captured,
+    copier,
     copy_ceiling,
     describe,
     dtype_name,
@@ -72,6 +75,8 @@ class Bench:
         self.device, self.console, self.quick = device, console, quick
         self.start, self.end = time.perf_counter(), time.perf_counter() + 60 * minutes
         self.timer, self.name = Timer(device), describe(device)
+        self.seconds = 0.2 if quick else 3.0  # a CPU's, for each mode of a case
+        self.typical = "p20_ms" if device.type == "cpu" else "median_ms"
         self.rows: list[Row] = []
         self.notes: dict[str, None] = {}  # in order, each once
 
@@ -96,7 +101,7 @@ class Bench:
             self.rows += rows
             seconds = time.perf_counter() - self.start
             shown = ", ".join(
-                f"{row.impl} {milliseconds(row.median_ms)}"
+                f"{row.impl} {milliseconds(self.typical_ms(row))}"
                 for row in rows
                 if row.op == op and row.mode == case.mode(base_modes(case)[-1])
             )
@@ -105,7 +110,7 @@ class Bench:
             )
         if left_out:
             self.notes[f"{op}: {left_out} shapes left out, the time is up (--minutes)"] = None
-        show(self.rows[first:], op, self.console)
+        show(self.rows[first:], op, self.console, self.typical)
 
     def case(self, case: Case) -> list[Row]:
         if self.device.type == "cuda":
@@ -115,19 +120,41 @@ class Bench:
         for name, reason in absent.items():
             self.notes[f"not measured: {name} ({reason})"] = None
         passed, rows = self.gate(case, found, data[0])
-        floor = None
+        tasks = []
         if case.op == "linear_divergence_loss":
             bare = [tuple(x.detach() for x in one) for one in data]
-            floor = self.row(case, "ceiling", "gemms", "full", gemms, lambda i: bare[i % SETS])
-            floor.ceiling_share = 1.0
-            rows.append(floor)
+            tasks.append(("ceiling", "gemms", "full", gemms, lambda i: bare[i % SETS]))
+        elif case.op == "switch_select" and self.device.type == "cpu":
+            copy = copier(*data[0][:2])
+            tasks.append(("ceiling", "copy", "fwd", copy, lambda i: data[i % SETS][:2]))
         for impl, run in passed.items():
-            for mode, timed, prepare in self.modes(case, impl, run, data):
-                rows.append(self.row(case, case.op, impl, mode, timed, prepare, floor))
-        eager = {row.mode: row.median_ms for row in rows if row.impl == "eager"}
+            tasks += [(case.op, impl, *one) for one in self.modes(case, impl, run, data)]
+        rows += self.measured(case, tasks)
+        of = {(row.impl, row.mode): self.typical_ms(row) for row in rows}
         for row in rows:
-            if row.op == case.op and row.median_ms and eager.get(row.mode):
-                row.speedup_vs_eager = eager[row.mode] / row.median_ms
+            if row.op == case.op and (own := self.typical_ms(row)):
+                eager, compiled = (of.get((impl, row.mode)) for impl in ("eager", "compile"))
+                row.speedup_vs_eager = eager and eager / own
+                row.speedup_vs_compile = compiled and compiled / own
+        return rows
+
+    def typical_ms(self, row: Row) -> float | None:
+        """What ratios compare: see timing.py."""
+        return getattr(row, self.typical)
+
+    def measured(self, case: Case, tasks: list[tuple]) -> list[Row]:
+        """A row for each (op, impl, mode, run, prepare). A ceiling comes first; on a CPU those of a
+        mode take turns."""
+        times: dict[int, Times] = {}
+        if self.device.type == "cpu":
+            for mode in dict.fromkeys(task[2] for task in tasks):
+                same = [i for i, task in enumerate(tasks) if task[2] == mode]
+                timed = self.timer.in_turns([tasks[i][3:] for i in same], self.seconds)
+                times |= zip(same, timed, strict=True)
+        rows: list[Row] = []
+        for i, task in enumerate(tasks):
+            floor = rows[0] if rows and rows[0].op == "ceiling" else None
+            rows.append(self.row(case, *task, floor, times.get(i)))
         return rows
 
     def gate(self, case: Case, found: dict[str, Callable], data) -> tuple[dict, list[Row]]:
@@ -185,22 +212,24 @@ class Bench:
 
     def row(
         self, case: Case, op: str, impl: str, mode: str, run: Callable, prepare: Callable,
-        floor: Row | None = None,
+        floor: Row | None = None, times: Times | None = None,
     ) -> Row:  # fmt: skip
-        """Time and memory; of `floor`, the bare products, or of the copy the share reached."""
+        """Time, unless it is given, and memory; the share reached of `floor`, else of the copy."""
         row = self.blank(case, op, impl, mode)
         try:
-            times: Times = self.timer(run, prepare)
+            times = times or self.timer(run, prepare)
             if "graph" not in mode:  # which keeps its memory to itself
                 row.peak_mb = self.timer.peak_mb(run, prepare)
         except torch.OutOfMemoryError:
             return row
         row.p20_ms, row.median_ms, row.p80_ms = times
-        if moved := bytes_moved(case, mode):
-            row.gbps = moved / times.median / 1e6
+        if moved := bytes_moved(case, mode) * (2 if impl == "copy" else 1):
+            row.gbps = moved / self.typical_ms(row) / 1e6
             row.ceiling_share = row.gbps / self.copy_gbps
+        if op == "ceiling":
+            row.ceiling_share = 1.0
         elif floor is not None and floor.median_ms:
-            row.ceiling_share = floor.median_ms / times.median
+            row.ceiling_share = self.typical_ms(floor) / self.typical_ms(row)
         return row
 
 
@@ -218,10 +247,11 @@ def milliseconds(value: float | None) -> str:
     return "out of memory" if value is None else f"{value:.3g} ms"
 
 
-def show(rows: list[Row], op: str, console: Console) -> None:
+def show(rows: list[Row], op: str, console: Console, time: str) -> None:
     """The table of an op. Its second sweep counted, switch_select moves twice as much."""
     table = Table(title=op)
-    columns = ["rows x V", "mode", "impl", "median ms", "GB/s", "of ceiling", "peak MB", "vs eager"]
+    columns = ["rows x V", "mode", "impl", time.replace("_", " "), "GB/s", "of ceiling", "peak MB"]
+    columns += ["vs eager", "vs compile"]
     if op == "switch_select":
         columns.insert(5, "2 sweeps")
     for column in columns:
@@ -233,14 +263,15 @@ def show(rows: list[Row], op: str, console: Console) -> None:
 
     def place(row: Row) -> tuple:
         base, *kind = row.mode.split()
-        impl = ("gemms", *IMPLS).index(row.impl)
-        return row.vocab, row.rows, kind, ("fwd", "bwd", "full").index(base), impl
+        impl = ("gemms", "copy", *IMPLS).index(row.impl)
+        return row.dtype, row.vocab, row.rows, kind, ("fwd", "bwd", "full").index(base), impl
 
     for row in sorted(rows, key=place):
         cells = [
             f"{row.rows} x {row.vocab}", row.mode, row.impl,
-            cell(row.median_ms, ".4g"), cell(row.gbps, ",.1f"), cell(row.ceiling_share, ".1%"),
-            cell(row.peak_mb, ",.0f"), cell(row.speedup_vs_eager, ".2f"),
+            cell(getattr(row, time), ".4g"), cell(row.gbps, ",.1f"),
+            cell(row.ceiling_share, ".1%"), cell(row.peak_mb, ",.0f"),
+            cell(row.speedup_vs_eager, ".2f"), cell(row.speedup_vs_compile, ".2f"),
         ]  # fmt: skip
         if op == "switch_select":
             cells.insert(5, cell(row.gbps and 2 * row.gbps, ",.1f"))
@@ -266,7 +297,7 @@ def main(argv=None) -> int:
         device = open_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=max(Console().width, 110))
+    console = Console(width=max(Console().width, 120))
     bench = Bench(device, console, args.quick, args.minutes)
     console.print(bench.name, highlight=False)
     try:

@@ -4,11 +4,14 @@ A time is the median of single runs, with the 20th and 80th percentile beside it
 the stream bracket each run, and before it a buffer of three times the second-level cache is *read*:
 one that is written would leave dirty lines, which the run then pays to write back. Launches overlap
 that read, so a time is that of the device unless an op launches more slowly than it computes.
+On a CPU, which others may use, too, implementations take turns, so that each meets the same load,
+and ratios are those of the 20th percentiles, which the load moves least.
 """
 
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import statistics
 import subprocess
@@ -41,6 +44,7 @@ class Row:
     ceiling_share: float | None = None
     peak_mb: float | None = None
     speedup_vs_eager: float | None = None
+    speedup_vs_compile: float | None = None
     device: str = ""
 
 
@@ -121,7 +125,22 @@ class Timer:
         warm_up = [self._once(run, prepare(i)) for i in range(2)]
         last = self._milliseconds(warm_up)[-1]
         count = max(3, min(200, int(1e3 * self.seconds / max(last, 1e-3))))
-        marks = [self._once(run, prepare(i)) for i in range(count)]
+        return self._times([self._once(run, prepare(i)) for i in range(count)])
+
+    def in_turns(self, tasks: Sequence[tuple[Callable, Callable]], seconds: float) -> list[Times]:
+        """Times of several (run, prepare), in rounds of some runs of each, at least 5 rounds."""
+        for _ in range(2):
+            warm_up = [self._once(run, prepare(i)) for i, (run, prepare) in enumerate(tasks)]
+        last = self._milliseconds(warm_up)
+        runs = [max(1, min(10, int(20 / max(one, 1e-3)))) for one in last]
+        round_ms = sum(one * count for one, count in zip(last, runs, strict=True))
+        marks: list[list[tuple]] = [[] for _ in tasks]
+        for _ in range(max(5, min(50, int(1e3 * seconds / round_ms)))):
+            for (run, prepare), count, mine in zip(tasks, runs, marks, strict=True):
+                mine += [self._once(run, prepare(len(mine) + i)) for i in range(count)]
+        return [self._times(one) for one in marks]
+
+    def _times(self, marks: list[tuple]) -> Times:
         deciles = statistics.quantiles(self._milliseconds(marks), n=10, method="inclusive")
         return Times(deciles[1], deciles[4], deciles[7])
 
@@ -145,15 +164,32 @@ class Timer:
         return [start.elapsed_time(end) for start, end in marks]
 
     def peak_mb(self, run: Callable, prepare: Callable[[int], tuple]) -> float | None:
-        """Device memory above what was there before `prepare`; None on a CPU: no one counts it."""
+        """Memory above what was there before `prepare`: of a GPU what its allocator gave away, of a
+        CPU the process's resident pages, as Linux counts them; None where no one does."""
         if self.device.type != "cuda":
-            return None
+            return _resident_peak_mb(lambda: run(*prepare(0)))
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         run(*prepare(0))
         self.synchronize()
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+
+def _resident_peak_mb(run: Callable[[], object]) -> float | None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would be used unseen
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except (OSError, AttributeError):
+        return None
+
+    def status(field: str) -> int:  # in KiB
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+    before = status("VmRSS")
+    run()
+    return max(0, status("VmHWM") - before) / 2**10
 
 
 def captured(run: Callable, args: tuple) -> Callable[[], None]:
@@ -182,6 +218,17 @@ def copy_ceiling(timer: Timer, device_name: str) -> Row:
         "ceiling", "copy", "copy", 1, source.nbytes, "float32", times.median, times.p20, times.p80,
         gbps, ceiling_share=1.0, device=device_name,
     )  # fmt: skip
+
+
+def copier(teacher: Tensor, student: Tensor) -> Callable:
+    """A copy of both logits into tensors that are there: as much read, as much written."""
+    targets = torch.empty_like(teacher), torch.empty_like(student)
+
+    def run(*pair: Tensor) -> None:
+        for target, logits in zip(targets, pair, strict=False):
+            target.copy_(logits)
+
+    return run
 
 
 def gemm_ceiling(timer: Timer, dtype: torch.dtype, device_name: str) -> Row:

@@ -179,12 +179,17 @@ SWITCHKD_HOST_DEVICE Entry<F> compare(F teacher, F student, const Shift& by) {
           exp(student - by.student_top) * by.student_inverse, select(d == d, d, F(0.0f))};
 }
 
-// max(p, q) times the teacher's sum, which spares one of the two exponentials; -inf in both rows
-// counts as e^-87.
+// max(p, q) times the teacher's sum, which spares one of the two exponentials, and its logarithm;
+// -inf in both rows counts as -87.
+template <class F>
+SWITCHKD_HOST_DEVICE F log_larger(F teacher, F student, const Shift& by) {
+  F below = min(by.teacher_top - teacher, (by.student_top - student) + by.logs);
+  return -min(below, F(87.0f));
+}
+
 template <class F>
 SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
-  F z = max(teacher - by.teacher_top, (student - by.student_top) - by.logs);
-  return exp_in_range(max(z, F(-87.0f)));
+  return exp_in_range(log_larger(teacher, student, by));
 }
 
 // ------------------------------------------------------------------------------- divergences
@@ -195,7 +200,7 @@ SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
 // polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8. A d of NaN,
 // where larger() is e^-87, adds nothing: it is 0 on a CPU and 87 under CUDA.
 template <class F>
-SWITCHKD_HOST_DEVICE F jsd_terms(F x, F d) {
+SWITCHKD_HOST_DEVICE F jsd_factor(F d) {  // of x / 2
   F a = max(min(F(87.0f), abs(d)), F(0.0f)), a2 = a * a, e = exp_in_range(-a);
   F near = a2 * 1.5079555731e-5f - 1.8115312355e-4f;
   near = a2 * near + 1.7350388489e-3f;
@@ -207,7 +212,12 @@ SWITCHKD_HOST_DEVICE F jsd_terms(F x, F d) {
   far = e * far - 4.9983576152e-1f;
   far = e * far - 3.0685867955e-1f;
   far = e * far + 6.9314721836e-1f;
-  return select(a < F(1.0f), near * e + near, far - a * e) * (x * 0.5f);
+  return select(a < F(1.0f), near * e + near, far - a * e);
+}
+
+template <class F>
+SWITCHKD_HOST_DEVICE F jsd_terms(F x, F d) {
+  return jsd_factor(d) * (x * 0.5f);
 }
 
 // y - x - x e >= 0 of KL(x||y), e = log y - log x; a series near e = 0; y where x is 0.

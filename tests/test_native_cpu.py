@@ -103,7 +103,8 @@ def test_disjoint_rows_are_one_bit_and_equal_rows_zero(instructions):
     student[0] = -math.inf
     student[0, 300:] = 0.0
     got = switch_select(teacher, student, torch.tensor([1.0, 0.0]), impl="cpu", **where(2))
-    assert got.divergence.tolist() == [1.0, 0.0] and not got.from_teacher.any()
+    disjoint, equal = got.divergence.tolist()
+    assert 1 - 5e-7 <= disjoint <= 1.0 and equal == 0.0 and not got.from_teacher.any()
 
 
 @pytest.mark.parametrize("rows", [1, 3])

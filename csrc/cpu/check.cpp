@@ -160,6 +160,7 @@ void drive_terms() {
   const Entry<float> nothing{0.0f, 0.0f, 0.0f}, only_p{0.5f, 0.0f, -INFINITY};
   const Entry<float> only_q{0.0f, 0.5f, INFINITY};
   expect(jsd_terms(0.0f, 0.0f) == 0.0f, "JSD of nothing", 0);
+  expect(jsd_terms(0.5f, static_cast<float>(NAN)) == 0.0f, "JSD where d is undefined", 0);
   expect(kl_terms(0.0f, 0.0f, 0.0f) == 0.0f, "KL of nothing", 0);
   expect(near(jsd_terms(0.5f, only_p.d), 0.25 * std::log(2.0), 1e-6), "JSD of p alone", 0);
   expect(near(jsd_terms(0.5f, only_q.d), 0.25 * std::log(2.0), 1e-6), "JSD of q alone", 0);

@@ -1,4 +1,4 @@
-// What ops.cpp asks of the kernels: slices of rows, so that it may split either. No torch here.
+// What the ops ask of the kernels: slices of rows, so that it may split either. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -88,9 +88,6 @@ struct Kernels {
 };
 
 constexpr int64_t SLICE = 512;
-
-// The row's, of its slices in order.
-Scan combined(const Scan* slices, int64_t count, int64_t step);
 
 inline namespace baseline { extern const Kernels KERNELS; }
 inline namespace avx2 { extern const Kernels KERNELS; }

@@ -108,36 +108,38 @@ struct Running {
   unsigned undefined = 0;  // lanes that met NaN or +inf
 };
 
-// Returns the block's maximum. One exponential an entry: the maximum is known before, and that of
-// the row seldom rises.
-SWITCHKD_INLINE float softmax_block(const float* z, int count, bool exponentials, Running& row) {
-  Vec tops[2] = {Vec(-INFINITY), Vec(-INFINITY)};
+// Whether the maximum rises. One exponential an entry: the block's maximum is known before.
+SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials, Running& row) {
+  Twin largest_two = Twin(-INFINITY);
   unsigned ordinary = ~0u;
   for (int i = 0; i < count; i += 2 * LANES) {
-    for (int j = 0; j < 2; ++j) {
-      Vec x = load(z + i + j * LANES);
-      ordinary &= lanes_of(x < Vec(INFINITY));
-      tops[j] = max(x, tops[j]);
-    }
+    const Twin x = load_twin(z + i);
+    const TwinMask finite = x < Twin(INFINITY);
+    ordinary &= lanes_of(finite.a) & lanes_of(finite.b);
+    largest_two = max(x, largest_two);
   }
   row.undefined |= ~ordinary & ((1u << LANES) - 1);
-  const float top = largest(max(tops[0], tops[1]));
-  if (top > row.top) {
+  const Vec tops = max(largest_two.a, largest_two.b);
+  const bool rises = lanes_of(tops > Vec(row.top)) != 0;  // seldom
+  if (rises) {
+    const float top = largest(tops);
     row.total = row.total * exp(row.top - top);
     row.top = top;
   }
-  if (!exponentials || row.top == -INFINITY) return top;
-  Vec totals[2] = {Vec(0.0f), Vec(0.0f)};
-  for (int i = 0; i < count; i += 2 * LANES)
-    for (int j = 0; j < 2; ++j)  // what is below e^-87 of the largest counts as that
-      totals[j] = totals[j] + exp_in_range(max(load(z + i + j * LANES) - row.top, Vec(-87.0f)));
-  row.total = row.total + (totals[0] + totals[1]);
-  return top;
+  if (!exponentials || row.top == -INFINITY) return rises;
+  Twin total = Twin(0.0f);
+  for (int i = 0; i < count; i += 2 * LANES) {
+    __builtin_prefetch(z + i + BLOCK);  // the next block, where the row is in place
+    __builtin_prefetch(z + i + BLOCK + LANES);
+    // What is below e^-87 of the largest counts as that.
+    total = total + exp_scaled(-min(row.top - load_twin(z + i), Twin(87.0f)));
+  }
+  row.total = row.total + (total.a + total.b) * (1 / EXP_SCALE);
+  return rises;
 }
 
-// The first of the block's largest, where that is above the best so far.
+// The first of the largest, `top`, of a block.
 SWITCHKD_INLINE void greedy_block(const float* z, float top, int64_t first, Best& best) {
-  if (!(top > best.value)) return;
   int i = 0;
   while (z[i] != top) ++i;
   best = {top, first + i};
@@ -178,8 +180,8 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
       y[m] = z;
       if (noise[m] || how.filtered)
         y[m] = tempered_block(z, wide, how.temperature[m], how, scaled[m]);
-      const float top = softmax_block(how.filtered ? y[m] : z, wide, how.softmax, running[m]);
-      if (how.draw[m] == GREEDY) greedy_block(z, top, first, best[m]);
+      const bool rises = softmax_block(how.filtered ? y[m] : z, wide, how.softmax, running[m]);
+      if (rises && how.draw[m] == GREEDY) greedy_block(z, running[m].top, first, best[m]);
     }
     if (shared) {
       Best* both[2] = {&best[0], &best[1]};
@@ -223,14 +225,12 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
         total.add(kl_terms(x.p, x.q, x.d));
       }
     } else {
-      Vec block[2] = {Vec(0.0f), Vec(0.0f)};
+      Twin block = Twin(0.0f);
       for (int i = 0; i < wide; i += 2 * LANES) {
-        for (int j = 0; j < 2; ++j) {
-          const Vec t = load(teacher + i + j * LANES), z = load(student + i + j * LANES);
-          block[j] = block[j] + jsd_terms(larger(t, z, shift), log_ratio(t, z, shift));
-        }
+        const Twin t = load_twin(teacher + i), z = load_twin(student + i);
+        block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
       }
-      total.add((block[0] + block[1]) * shift.teacher_inverse);
+      total.add((block.a + block.b) * (0.5f / EXP_SCALE * shift.teacher_inverse));
     }
   }
   return metric == RANK ? static_cast<float>(above) : total.result();
