@@ -27,7 +27,7 @@ from torch import Tensor
 
 OPS = ("switch_select", "sample", "jsd", "divergence_loss", "linear_divergence_loss")
 DRAWS = ("switch_select", "sample")
-OURS = ("triton", "cpu", "reference")
+OURS = ("triton", "cuda", "cpu", "reference")
 IMPLS = (*OURS, "eager", "compile", "liger", "trl", "orda")
 SEED = 7
 BOTH_KNOWN, STUDENT_KNOWN = "known", "student known"
@@ -267,6 +267,11 @@ def implementations(case: Case, device: torch.device, quick: bool) -> tuple[dict
         absent["cpu"] = reason
     else:
         found["cpu"] = ours(case, "cpu")
+    if case.op == "switch_select":  # which alone has it
+        if reason := backend.refuses("cuda", torch.empty(0, device=device, dtype=case.dtype)):
+            absent["cuda"] = reason
+        else:
+            found["cuda"] = ours(case, "cuda")
     found["reference"] = ours(case, "reference")
     found["eager"] = eager(case)
     if quick:

@@ -17,6 +17,8 @@ import torch
 from oracle import DEVICE, MIXED, check_close, logits, poisoned
 from switchkd_kernels import _cuda, _native, reference, sample, switch_select
 
+from benchmarks import cuda_resources
+
 kernel = sys.modules["switchkd_kernels.switch_select"]  # the package's attribute is the function
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 INF, NAN = math.inf, math.nan
@@ -290,22 +292,29 @@ def test_the_op_refuses_what_it_cannot_take(emulated):
 
 
 # Of the undefined-behaviour checks those that pointers fail are left out, as they multiply the time
-# to compile; the address sanitizer watches every load.
-SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-SANITIZERS += ["-fno-sanitize=null,object-size,vptr", "-Wno-maybe-uninitialized"]
+# to compile; the address sanitizer watches every load. The thread sanitizer sees what no barrier
+# orders, whether or not it went wrong; it is slow, so it sees every 19th case.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+                "-fno-sanitize=null,object-size,vptr", "-Wno-maybe-uninitialized"],
+    "thread": ["-fsanitize=thread"],
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_sanitizers_find_nothing_in_the_edge_cases(tmp_path):
-    command = [*_native.compiler(), *EMULATED, *SANITIZERS, "-x", "c++"]
-    for name in ("select.cu", "check.cpp"):
-        command.append(str(CUDA / name))
+@pytest.mark.parametrize(("sanitizer", "every"), [("address", 3), ("thread", 19)])
+def test_sanitizers_find_nothing_in_the_edge_cases(tmp_path, sanitizer, every):
+    files = [str(CUDA / name) for name in ("select.cu", "check.cpp")]
+    command = [*_native.compiler(), *EMULATED, "-O1", *SANITIZERS[sanitizer], "-x", "c++", *files]
     built = subprocess.run([*command, "-o", "check"], cwd=tmp_path, capture_output=True, text=True)
-    if built.returncode and "asan" in built.stderr:
+    if built.returncode and ("asan" in built.stderr or "tsan" in built.stderr):
         pytest.skip("this compiler has no sanitizers")
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([tmp_path / "check"], capture_output=True, text=True, timeout=120)
+    run = [tmp_path / "check", str(every)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer cannot run under this kernel")
     assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
 
 
@@ -347,8 +356,11 @@ def nvcc():
         return None
 
 
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+@needs_nvcc
 @needs_compiler
 def test_the_library_builds_as_on_a_gpu(tmp_path):
     """Loads, too: nothing that it needs is only where a driver is."""
@@ -357,6 +369,55 @@ def test_the_library_builds_as_on_a_gpu(tmp_path):
     load = f"import torch; torch.ops.load_library({str(target)!r})"
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_no_kernel_has_left_its_table_of_resources():
+    """Compiled for every target, warnings being errors."""
+    pytest.importorskip("triton")  # for its disassembler
+    rows = cuda_resources.measure()
+    assert [line for row in rows for line in cuda_resources.problems(row)] == []
+    key = cuda_resources.KEY
+    kept = {tuple(row[name] for name in key) for row in cuda_resources.read_table()}
+    made = {tuple(row[name] for name in key) for row in rows}
+    missing = {"sm_100a"} if not any(row["target"] == "sm_100a" for row in rows) else set()
+    assert made == {row for row in kept if row[-1] not in missing}
+
+
+def test_the_table_of_resources():
+    rows = cuda_resources.read_table()
+    assert [line for row in rows for line in cuda_resources.problems(row)] == []
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90a", "sm_100a"}
+    row = rows[-1] | {"kernel": "resident", "spill_bytes": 8, "bulk_copies": 0, "registers": 65}
+    assert len(cuda_resources.problems(row)) == 3
+    assert len(cuda_resources.problems(rows[-1] | {"kernel": "streaming", "copy_bits": 32})) == 1
+
+
+NAME = "_ZN8switchkd4cuda41_GLOBAL__N__1_9_select_cu_28residentILi1ELin1EEEvNS0_9SelectionE"
+USAGE = f"""
+ptxas info    : Compiling entry function '{NAME}' for 'sm_90a'
+ptxas info    : Function properties for {NAME}
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 56 registers, used 1 barriers
+"""
+SASS = f"""
+\t\tFunction : {NAME}
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+        /*0010*/              @!P0 UBLKCP.S.G [UR4], [UR6], UR8 ;
+        /*0020*/                   LDGSTS.E.BYPASS.64 [R4], desc[UR16][R8.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR16][R8.64] ;
+        /*0040*/                   LDS.U16 R8, [R2] ;
+        /*0050*/                   LDS.64 R8, [R2] ;
+        /*0060*/                   NOP;
+"""
+
+
+def test_the_output_of_the_compiler_is_read():
+    name = ("resident", "bf16", "any")
+    assert cuda_resources.parse_usage(USAGE) == {name: {"registers": 56, "spill_bytes": 16}}
+    numbers = {"instructions": 6, "bulk_copies": 1, "copy_bits": 64, "load_bits": 64}
+    assert cuda_resources.parse_code(SASS) == {name: numbers}
 
 
 # ------------------------------------------------------------------------------- with a GPU

@@ -229,7 +229,7 @@ SWITCHKD_DEVICE float measure_tile(const Tiles& tiles, int tile, int slot, const
         sum += kl_terms(x.p, x.q, x.d);
       } else {
         const float d = log_ratio(z[0][i], z[1][i], verdict.shift);
-        sum += jsd_terms(larger(z[0][i], z[1][i], verdict.shift), d);
+        sum += jsd_factor(d) * larger(z[0][i], z[1][i], verdict.shift);
       }
     }
   }
@@ -248,7 +248,7 @@ SWITCHKD_DEVICE float measure(const Selection& how, const Tiles& tiles, const Sh
     else if (how.metric == KL) sum += measure_tile<KL, T, S>(tiles, tile, slot, verdict);
     else sum += measure_tile<JSD_NATS, T, S>(tiles, tile, slot, verdict);
   });
-  return how.metric == JSD_NATS ? sum * verdict.shift.teacher_inverse : sum;
+  return how.metric == JSD_NATS ? sum * (0.5f * verdict.shift.teacher_inverse) : sum;
 }
 
 // Who writes, and what, from the sum of all terms. By one thread.
