@@ -4,6 +4,8 @@ import csv
 import importlib
 import json
 import math
+import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ CPU = torch.device("cpu")
 NATIVE = ["cpu"] * (_native.unavailable() is None)
 KEYS = [
     "op", "impl", "mode", "rows", "vocab", "dtype", "median_ms", "p20_ms", "p80_ms", "gbps",
-    "ceiling_share", "peak_mb", "speedup_vs_eager", "device",
+    "ceiling_share", "peak_mb", "speedup_vs_eager", "speedup_vs_compile", "device",
 ]  # fmt: skip
 
 
@@ -30,7 +32,10 @@ def _small(monkeypatch):
             kind, widths = "generalized_jsd", (8, 12)
         elif op == "divergence_loss":
             kind = "skew_reverse_kl"
-        return [Case(op, 4, 300, torch.float32, kind, widths)]
+        found = [Case(op, 4, 300, torch.float32, kind, widths)]
+        if op == "switch_select":
+            found += [found[0]._replace(kind=kind) for kind in ("known", "student known")]
+        return found
 
     def absent(case):
         raise ModuleNotFoundError("a peer")
@@ -52,13 +57,13 @@ def test_every_op_writes_the_promised_rows(tmp_path, capsys):
     for row in rows:
         assert list(row) == KEYS
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] < math.inf
-        assert row["peak_mb"] is None and row["device"]
+        assert row["device"] and row["speedup_vs_compile"] is None
         if row["op"] != "ceiling":
             assert row["ceiling_share"] > 0 and 0 < row["speedup_vs_eager"] < math.inf
             assert (row["gbps"] is None) == (row["op"] == "linear_divergence_loss")
     found = {(row["op"], row["impl"], row["mode"]) for row in rows}
     ours = {
-        "switch_select": ["fwd"],
+        "switch_select": ["fwd", "fwd known", "fwd student known"],
         "sample": ["fwd"],
         "jsd": ["fwd", "bwd", "full"],
         "divergence_loss": [f"{mode} skew_reverse_kl" for mode in ("fwd", "bwd", "full")],
@@ -71,6 +76,7 @@ def test_every_op_writes_the_promised_rows(tmp_path, capsys):
         for impl in (*NATIVE, "reference", "eager")
     }
     want |= {("ceiling", "copy", "copy"), ("ceiling", "gemm", "gemm k=512")}
+    want |= {("ceiling", "copy", mode) for mode in ours["switch_select"]}
     assert found == want | {("ceiling", "gemms", "full generalized_jsd 8/12")}
     out = capsys.readouterr().out
     for line in (
@@ -183,12 +189,53 @@ def test_shares_of_ceilings(monkeypatch):
     monkeypatch.setattr(bench, "timer", lambda run, prepare: timing.Times(0.5, 1.0, 2.0))
     bench.timer.peak_mb = lambda run, prepare: None
     row = bench.row(Case("jsd", 1, 2000, torch.float32), "jsd", "eager", "fwd", None, None)
+    assert row.gbps == pytest.approx(0.032) and row.ceiling_share == pytest.approx(2.0)
+    bench.typical = "median_ms"  # as on a GPU
+    row = bench.row(Case("jsd", 1, 2000, torch.float32), "jsd", "eager", "fwd", None, None)
     assert row.gbps == pytest.approx(0.016) and row.ceiling_share == pytest.approx(1.0)
     case = Case("linear_divergence_loss", 1, 2000, torch.float32, "tvd", (3, 4))
     floor = bench.row(case, "ceiling", "gemms", "full", None, None)
     floor.median_ms = 0.5
     row = bench.row(case, case.op, "eager", "full", None, None, floor)
     assert row.ceiling_share == 0.5 and row.gbps is None and row.mode == "full tvd 3/4"
+
+
+def test_implementations_take_turns():
+    order = []
+    tasks = [(order.append, lambda i, name=name: ((name, i),)) for name in "ab"]
+    times = timing.Timer(CPU).in_turns(tasks, 0.0)
+    assert len(times) == 2 and all(0 < one.p20 <= one.median <= one.p80 for one in times)
+    measured = order[4:]  # after two of each to warm up
+    assert measured[:20] == [(name, i) for name in "ab" for i in range(10)]
+    assert len(measured) == 5 * 2 * 10 and measured[-1] == ("b", 49)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as Linux counts")
+def test_memory_of_a_cpu_run():
+    """80 MiB that live at once, and 80 that follow them."""
+
+    def run(size):
+        for _ in range(2):
+            torch.ones(size), torch.ones(size)
+
+    peak = timing.Timer(CPU).peak_mb(run, lambda i: (10 * 2**20,))
+    assert 75 < peak < 100
+
+
+def test_process_time_needs_threads_that_do_not_spin(monkeypatch, capsys):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cpu", "--clock", "cpu"])
+    assert "needs OMP_WAIT_POLICY=PASSIVE" in capsys.readouterr().err
+    timer = timing.Timer(CPU, process_time=True)
+    assert timer(time.sleep, lambda i: (0.02,)).median < 10  # asleep, not busy
+
+
+def test_cases_of_a_cpu_cover_the_known_tokens():
+    found = kernel_cases.cases("switch_select", CPU, False)
+    assert {case.kind for case in found} == set(kernel_cases.KNOWN_TOKENS)
+    assert all(case.compiled for case in found)
+    assert {(case.rows, case.vocab) for case in found} == {(64, 50257), (32, 151936), (1, 151936)}
 
 
 def test_an_unknown_op_is_refused(capsys):

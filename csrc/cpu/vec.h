@@ -195,13 +195,24 @@ SWITCHKD_INLINE Twin scaled(Twin s, Twin shifted) {
   return {scaled(s.a, shifted.a), scaled(s.b, shifted.b)};
 }
 
+// x - n ln 2, of which little is left: in one rounding, or by two parts of ln 2, the first so short
+// that its products are exact.
+template <class F>
+SWITCHKD_INLINE F without(F x, F n) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return x - n * LN2;
+#else
+  return (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+#endif
+}
+
 // e^x to 2 ulp for -87 <= x <= 88 (4 ulp at the ends); anything else beyond. x = n ln 2 + r,
 // |r| <= ln(2) / 2, n by the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P of degree
 // 3 by minimax (1.05e-7 of e^r).
 template <class F>
 SWITCHKD_INLINE F exp_in_range(F x) {
   F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
-  F r = x - n * LN2;
+  F r = without(x, n);
   F s = r * 8.3125175231e-3f + 4.1890203583e-2f;
   s = r * s + 1.6667114821e-1f;
   s = r * s + 4.9999231170e-1f;
@@ -215,7 +226,7 @@ constexpr float EXP_SCALE = 120.300498f;
 template <class F>
 SWITCHKD_INLINE F exp_scaled(F x) {
   F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
-  F r = x - n * LN2;
+  F r = without(x, n);
   F s = r * (r + 5.03941236f) + 20.0506222f;
   s = r * s + 60.1493242f;
   s = r * s + EXP_SCALE;

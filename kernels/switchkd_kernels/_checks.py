@@ -92,7 +92,7 @@ def integers(name: str, value, limit: int, device: torch.device | None = None) -
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
     if tensor.numel():
-        low, high = int(tensor.min()), int(tensor.max())
+        low, high = map(int, tensor.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {low}..{high}")
     return tensor
