@@ -263,15 +263,11 @@ def implementations(case: Case, device: torch.device, quick: bool) -> tuple[dict
         absent["triton"] = reason
     else:
         found["triton"] = ours(case, "triton")
-    if reason := backend.cpu_refuses(torch.empty(0, device=device, dtype=case.dtype)):
-        absent["cpu"] = reason
-    else:
-        found["cpu"] = ours(case, "cpu")
-    if case.op == "switch_select":  # which alone has it
-        if reason := backend.refuses("cuda", torch.empty(0, device=device, dtype=case.dtype)):
-            absent["cuda"] = reason
+    for impl in ("cpu", "cuda") if case.op == "switch_select" else ("cpu",):
+        if reason := backend.refuses(impl, torch.empty(0, device=device, dtype=case.dtype)):
+            absent[impl] = reason
         else:
-            found["cuda"] = ours(case, "cuda")
+            found[impl] = ours(case, impl)
     found["reference"] = ours(case, "reference")
     found["eager"] = eager(case)
     if quick:

@@ -5,6 +5,7 @@ Its library is built on the first call that asks for it (`_native.built_for`), f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -59,11 +60,15 @@ def switch_select(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Arguments as the Triton launcher takes them. cluster: blocks for a pair of rows, 1, 2, 4 or
     8; splits: blocks for a pair that is streamed; both 0: as csrc/cuda/plan.h has it."""
-    stream = torch.cuda.current_stream(teacher.device).cuda_stream if teacher.is_cuda else 0
-    token, writer, values = torch.ops.switchkd_native.cuda_switch_select(
-        teacher, student, threshold, ids, positions, teacher_token, student_token,
-        seed, teacher_temperature, student_temperature,
-        STREAM_REDRAW if metric == "rank" else STREAM_TOKEN, STREAM_TOKEN, metric, bits, vocab_size,
-        stream, cluster, splits,
-    )  # fmt: skip
+    stream, on = 0, contextlib.nullcontext()  # emulated
+    if teacher.is_cuda:
+        stream = torch.cuda.current_stream(teacher.device).cuda_stream
+        on = torch.cuda.device(teacher.device)
+    with on:
+        token, writer, values = torch.ops.switchkd_native.cuda_switch_select(
+            teacher, student, threshold, ids, positions, teacher_token, student_token,
+            seed, teacher_temperature, student_temperature,
+            STREAM_REDRAW if metric == "rank" else STREAM_TOKEN, STREAM_TOKEN,
+            metric, bits, vocab_size, stream, cluster, splits,
+        )  # fmt: skip
     return token, writer, *values
