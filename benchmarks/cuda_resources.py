@@ -34,12 +34,6 @@ DTYPES = {-1: "any", 0: "fp32", 1: "bf16", 2: "fp16"}  # Dtype of plan.h, and AN
 THREADS = 512
 
 
-def targets() -> list[str]:
-    """Those of `_native.CUDA_TARGETS` that this nvcc knows, such as 90a."""
-    known = _native.run([*_native.nvcc(), "--list-gpu-code"]).split()
-    return [one for one in _native.CUDA_TARGETS if f"sm_{one.rstrip('a')}" in known]
-
-
 def disassembler() -> str:
     """cuobjdump on the path, or Triton's."""
     if found := shutil.which("cuobjdump"):
@@ -105,7 +99,7 @@ def measure() -> list[dict]:
     """A row of the table for each kernel and target. No cluster on sm_80, so no kernel for one."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for target in targets():
+        for target in _native.cuda_targets():
             said, code = compile_for(target, Path(folder))
             usage, code = parse_usage(said), parse_code(code)
             for name in sorted(usage):

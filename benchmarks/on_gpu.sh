@@ -29,7 +29,7 @@ check)
       echo "$tool: exit $?"
     done
     if command -v nvcc >/dev/null; then
-      arch=$(python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a > 8))')
+      arch=$(python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
       nvcc -std=c++17 -O3 -lineinfo -gencode "arch=compute_$arch,code=sm_$arch" \
         -x cu csrc/cuda/select.cu csrc/cuda/check.cpp -o "$out/check"
       for tool in memcheck racecheck synccheck; do

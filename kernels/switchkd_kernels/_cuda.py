@@ -23,13 +23,15 @@ def _unavailable(major: int, minor: int) -> str | None:
     """Why GPUs of a compute capability cannot be used; None once their library is loaded."""
     if reason := _native.unavailable():  # it has the schema of the op
         return reason
-    target = f"{major}{minor}" + "a" * (major >= 9)
+    target = f"{major}{minor}" + "a" * (major == 9)
     try:
         path = _native.built_for(target)
         try:
             torch.ops.load_library(path)
         except (OSError, RuntimeError) as error:
-            raise _native.BuildError(f"{path} cannot be used: {error}") from error
+            raise _native.BuildError(
+                f"{path} cannot be used: {str(error).splitlines()[0]}"
+            ) from error
     except _native.BuildError as error:
         return f"{error}; {REMEDY}"
     return None

@@ -49,10 +49,9 @@ INSTRUCTION_SETS = {  # lanes of a register, and what allows them
     ),
 }
 
-# A line of warnings is an error in the tests. No -use_fast_math: draws divide and take logarithms
-# as the reference does.
+# No -use_fast_math: draws divide and take logarithms as the reference does.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_TARGETS = ("80", "90a", "100a")  # compiled ahead of time, of those that nvcc knows
+CUDA_TARGETS = ("80", "90a", "100")  # compiled ahead of time, of those that nvcc knows
 
 
 class BuildError(RuntimeError):
@@ -134,6 +133,12 @@ def torch_libraries() -> list[str]:
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
+def cuda_targets() -> tuple[str, ...]:
+    """Those of CUDA_TARGETS that this nvcc knows."""
+    known = run([*nvcc(), "--list-gpu-code"]).split()
+    return tuple(one for one in CUDA_TARGETS if f"sm_{one.rstrip('a')}" in known)
+
+
 def gencode(target: str) -> str:
     return f"-gencode=arch=compute_{target},code=sm_{target}"
 
@@ -157,11 +162,8 @@ def compile_into(target: Path) -> None:
 
 
 def compile_cuda_into(target: Path, targets: tuple[str, ...] | None = None) -> None:
-    """Builds the CUDA library at `target`, by default for all GPUs that nvcc and we know."""
-    if targets is None:
-        known = run([*nvcc(), "--list-gpu-code"]).split()
-        targets = tuple(one for one in CUDA_TARGETS if f"sm_{one.rstrip('a')}" in known)
-    build(target, *cuda_commands(compiler(), csrc(), targets))
+    """Builds the CUDA library at `target`, by default for all `cuda_targets`."""
+    build(target, *cuda_commands(compiler(), csrc(), targets or cuda_targets()))
 
 
 def build(target: Path, each: list[list[str]], link: list[str]) -> None:
@@ -207,7 +209,7 @@ def key(cxx: list[str]) -> str:
 def cuda_key(cxx: list[str], targets: tuple[str, ...]) -> str:
     """A hash of the sources, torch, both compilers and their flags, and the GPUs."""
     cuda, source = nvcc(), csrc()
-    files = [source / "rowwise.h", *(source / "cuda").iterdir()]
+    files = [source / "rowwise.h", *(source / "cuda").glob("*.*")]
     versions = run([*cxx, "--version"]), run([*cuda, "--version"])
     return digest(*cxx, *cuda, *versions, *CUDA_FLAGS, *targets, files=files)
 
