@@ -134,7 +134,7 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
     // What is below e^-87 of the largest counts as that.
     total = total + exp_scaled(-min(row.top - load_twin(z + i), Twin(87.0f)));
   }
-  row.total = row.total + (total.a + total.b) * (1 / EXP_SCALE);
+  row.total = row.total + (total.a + total.b) / Vec(EXP_SCALE);  // 1 stays 1
   return rises;
 }
 

@@ -234,8 +234,22 @@ SWITCHKD_INLINE F exp_scaled(F x) {
   return scaled(s, shifted);
 }
 
-// e^x, 0 below -87 and for NaN.
-SWITCHKD_INLINE Vec exp(Vec x) { return select(x > Vec(-87.0f), exp_in_range(x), Vec(0.0f)); }
+// e^x to 1.3 ulp for -87 <= x <= 88, 0 below (and for NaN). x = n ln 2 + r, |r| <= ln(2) / 2, n by
+// the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P the interpolant of degree 4 in
+// Chebyshev's nodes (1.0e-8):
+// gradients, differences of such values, need the digit that exp_in_range lacks.
+SWITCHKD_INLINE Vec exp(Vec x) {
+  Vec shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vec s = r * 1.3926250394e-3f + 8.3632329479e-3f;
+  s = r * s + 4.1666552424e-2f;
+  s = r * s + 1.6666576266e-1f;
+  s = r * s + 0.5f;
+  s = r * r * s + r + 1.0f;
+  Vec scaled = (Floats)((Bits)s.v + ((Bits)shifted.v << 23));
+  return select(x > Vec(-87.0f), scaled, Vec(0.0f));
+}
 
 // log x to 1.5 ulp for normal x > 0, -inf below 2^-126. x = 2^n (1 + f), 2^-1/2 <= 1 + f < 2^1/2;
 // log(1 + f) = f - f^2 / 2 + f^3 P(f), P the interpolant of degree 8 in Chebyshev's nodes (3.4e-9).
