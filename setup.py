@@ -18,7 +18,7 @@ AHEAD = os.environ.get("SWITCHKD_BUILD_EXT") == "1"
 
 
 class BuildNative(build_py):
-    """Python files, and with SWITCHKD_BUILD_EXT=1 the library beside them."""
+    """Python files, and with SWITCHKD_BUILD_EXT=1 the native libraries beside them."""
 
     def run(self):
         super().run()
@@ -29,6 +29,11 @@ class BuildNative(build_py):
             spec.loader.exec_module(native)
             folder = path.parent if self.editable_mode else Path(self.build_lib, "switchkd_kernels")
             native.compile_into(folder.resolve() / native.BUILT)
+            if native.torch.version.cuda:
+                try:
+                    native.compile_cuda_into(folder.resolve() / native.BUILT_CUDA)
+                except native.BuildError as error:
+                    print(f"no CUDA kernels: {error}")
 
 
 class NativeDistribution(Distribution):
@@ -45,7 +50,7 @@ setup(
     package_dir={"switchkd_kernels": "kernels/switchkd_kernels", "switchkd_kernels.csrc": "csrc"},
     package_data={
         "switchkd": ["embedded/*", "embedded/*/*", "report/*.html", "report/*.css", "report/*.js"],
-        "switchkd_kernels.csrc": ["*.cpp", "*.h", "cpu/*.cpp", "cpu/*.h"],
+        "switchkd_kernels.csrc": ["*.cpp", "*.h", "cpu/*", "cuda/*"],
     },
     cmdclass={"build_py": BuildNative},
     distclass=NativeDistribution,

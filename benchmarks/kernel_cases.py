@@ -27,7 +27,7 @@ from torch import Tensor
 
 OPS = ("switch_select", "sample", "jsd", "divergence_loss", "linear_divergence_loss")
 DRAWS = ("switch_select", "sample")
-OURS = ("triton", "cpu", "reference")
+OURS = ("triton", "cuda", "cpu", "reference")
 IMPLS = (*OURS, "eager", "compile", "liger", "trl", "orda")
 SEED = 7
 BOTH_KNOWN, STUDENT_KNOWN = "known", "student known"
@@ -263,10 +263,11 @@ def implementations(case: Case, device: torch.device, quick: bool) -> tuple[dict
         absent["triton"] = reason
     else:
         found["triton"] = ours(case, "triton")
-    if reason := backend.cpu_refuses(torch.empty(0, device=device, dtype=case.dtype)):
-        absent["cpu"] = reason
-    else:
-        found["cpu"] = ours(case, "cpu")
+    for impl in ("cpu", "cuda") if case.op == "switch_select" else ("cpu",):
+        if reason := backend.refuses(impl, torch.empty(0, device=device, dtype=case.dtype)):
+            absent[impl] = reason
+        else:
+            found[impl] = ours(case, impl)
     found["reference"] = ours(case, "reference")
     found["eager"] = eager(case)
     if quick:

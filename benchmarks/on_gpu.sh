@@ -19,7 +19,7 @@ PY
 case $part in
 check)
   kernels=(tests/test_triton_switch_select.py tests/test_sample_triton.py
-    tests/test_triton_divergence.py tests/test_triton_linear.py)
+    tests/test_triton_divergence.py tests/test_triton_linear.py tests/test_native_cuda.py)
   python -m pytest -q --maxfail=20 "${kernels[@]}" tests/test_decoder.py tests/test_cache.py 2>&1 | tee "$out/tests.txt" | tail -n 40
   python -m switchkd.doctor --json "$out/doctor.json" 2>&1 | tee "$out/doctor.txt"
   if command -v compute-sanitizer >/dev/null; then
@@ -29,6 +29,16 @@ check)
         >"$out/$tool.txt" 2>&1
       echo "$tool: exit $?"
     done
+    if command -v nvcc >/dev/null; then
+      arch=$(python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
+      nvcc -std=c++17 -O3 -lineinfo -gencode "arch=compute_$arch,code=sm_$arch" \
+        -x cu csrc/cuda/select.cu csrc/cuda/check.cpp -o "$out/check"
+      for tool in memcheck racecheck synccheck; do
+        timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 3 "$out/check" \
+          >"$out/cuda-$tool.txt" 2>&1
+        echo "cuda, $tool: exit $?"
+      done
+    fi
   fi
   ;;
 measure)

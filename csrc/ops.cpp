@@ -33,6 +33,12 @@ TORCH_LIBRARY(switchkd_native, library) {
       "int vocab_size, float logit_scale, float softcap, float ce_weight, bool needs_grad) "
       "-> Tensor");
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
+  library.def(  // of cuda/ops.cpp, a library of its own
+      "cuda_switch_select(Tensor teacher, Tensor student, Tensor threshold, Tensor sequence_ids, "
+      "Tensor positions, Tensor? teacher_token, Tensor? student_token, int seed, "
+      "float teacher_temperature, float student_temperature, int teacher_stream, "
+      "int student_stream, str metric, bool bits, int vocab_size, int stream, int cluster, "
+      "int splits) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(switchkd_native, CPU, library) {

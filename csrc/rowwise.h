@@ -13,6 +13,13 @@
 #else
 #define SWITCHKD_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define SWITCHKD_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // its pass over the host's code
+#define SWITCHKD_UNROLL
+#else
+#define SWITCHKD_UNROLL _Pragma("GCC unroll 10")
+#endif
 
 // One source is compiled for several instruction sets. Each has a namespace of its own: the linker
 // keeps one copy of an inline function, and it must not be one that the processor cannot run.
@@ -25,13 +32,23 @@ inline namespace SWITCHKD_CAPABILITY {
 
 constexpr float LN2 = 0.6931471805599453f;
 
+#if defined(__CUDA_ARCH__)  // an instruction each; of a NaN and a number the number
+SWITCHKD_HOST_DEVICE float exp(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  return power;
+}
+SWITCHKD_HOST_DEVICE float min(float a, float b) { return ::fminf(a, b); }
+SWITCHKD_HOST_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
+#else
 SWITCHKD_HOST_DEVICE float exp(float x) { return ::expf(x); }
-SWITCHKD_HOST_DEVICE float exp_in_range(float x) { return ::expf(x); }  // of -87 <= x <= 88
-SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
-SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 // b if either is NaN, as the instructions of x86 have it.
 SWITCHKD_HOST_DEVICE float min(float a, float b) { return a < b ? a : b; }
 SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
+#endif
+SWITCHKD_HOST_DEVICE float exp_in_range(float x) { return exp(x); }  // of -87 <= x <= 88
+SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
+SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }
 
 // ------------------------------------------------------------------------------- noise
@@ -50,7 +67,7 @@ struct Words {
 template <class W>
 SWITCHKD_HOST_DEVICE Words<W> philox(uint64_t seed, Words<W> c) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
+  SWITCHKD_UNROLL
   for (int round = 0; round < 10; ++round) {
     W a = wide_product(c.w0, 0xD2511F53u), b = wide_product(c.w2, 0xCD9E8D57u);
     c.w0 = (b >> 32) ^ c.w1 ^ static_cast<uint64_t>(key0);
@@ -180,7 +197,8 @@ SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
 // m h(tanh(d / 2)), m = (p + q) / 2, h(tanh s) = s tanh s - log cosh s, with x = max(p, q) and
 // e = e^-|d|, so that m = x (1 + e) / 2. Near 0 h is d^2 by a polynomial in d^2, else the same terms
 // gathered, (1 + e) (ln 2 - log1p(e)) - |d| e, lose less than a digit, and the first of them is a
-// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8. A d of NaN is 0.
+// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8. A d of NaN,
+// where larger() is e^-87, adds nothing: it is 0 on a CPU and 87 under CUDA.
 template <class F>
 SWITCHKD_HOST_DEVICE F jsd_factor(F d) {  // of x / 2
   F a = max(min(F(87.0f), abs(d)), F(0.0f)), a2 = a * a, e = exp_in_range(-a);

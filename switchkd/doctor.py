@@ -85,7 +85,7 @@ def backends(device: torch.device) -> dict[str, str]:
     found = {}
     for impl in backend.IMPLS:
         try:
-            backend.choose(impl, probe)
+            backend.choose(impl, probe, cuda=True)
         except RuntimeError as error:
             found[impl] = f"no: {str(error).partition(': ')[2]}"
         else:
@@ -248,6 +248,8 @@ def run_checks(device: torch.device, usable: list[str]) -> Iterator[Check]:
     dtypes = [torch.float32] + [torch.bfloat16] * (device.type != "cpu")
     for op, check in CHECKS.items():
         for impl in usable:
+            if impl == "cuda" and op != "switch_select":  # which alone has it
+                continue
             for dtype in dtypes:
                 found = Check(op, impl, str(dtype).removeprefix("torch."))
                 try:

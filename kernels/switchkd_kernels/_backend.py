@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from switchkd_kernels import _checks as check
-from switchkd_kernels import _native, _tl
+from switchkd_kernels import _cuda, _native, _tl
 
-IMPLS = ("reference", "triton", "cpu")
+IMPLS = ("reference", "triton", "cpu", "cuda")
 
 
 def triton_refuses(*tensors: Tensor | None) -> str | None:
@@ -46,7 +46,8 @@ def cpu_refuses(*tensors: Tensor | None) -> str | None:
 
 def refuses(impl: str, *tensors: Tensor | None) -> str | None:
     """Why an implementation other than the reference cannot take these tensors; None if it can."""
-    return {"triton": triton_refuses, "cpu": cpu_refuses}[impl](*tensors)
+    which = {"triton": triton_refuses, "cpu": cpu_refuses, "cuda": _cuda.refuses}
+    return which[impl](*tensors)
 
 
 def interpreting() -> bool:
@@ -54,9 +55,10 @@ def interpreting() -> bool:
     return not _tl.UNAVAILABLE and type(_tl.log1p).__name__ == "InterpretedFunction"
 
 
-def choose(impl: str | None, *tensors: Tensor | None) -> str:
+def choose(impl: str | None, *tensors: Tensor | None, cuda: bool = False) -> str:
     """The implementation for these tensors: the one asked for, or the fastest that can run.
 
+    cuda: whether the op has a kernel in CUDA C++, which runs only where it is asked for.
     Raises ValueError for tensors on several devices, TypeError for one that is not floating point,
     RuntimeError for an explicit choice that cannot run, with the reason.
     """
@@ -70,6 +72,8 @@ def choose(impl: str | None, *tensors: Tensor | None) -> str:
     if impl is None:
         fastest = "cpu" if any(device.type == "cpu" for device in devices) else "triton"
         return "reference" if refuses(fastest, *tensors) else fastest
+    if impl == "cuda" and not cuda:
+        raise RuntimeError("impl 'cuda' cannot run: only switch_select has it; use impl 'triton'")
     if reason := refuses(impl, *tensors):
         raise RuntimeError(f"impl {impl!r} cannot run: {reason}")
     return impl

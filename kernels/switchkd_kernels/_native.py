@@ -1,5 +1,6 @@
 """Builds and loads the C++ of csrc/: on first use, into a cache; nothing at install.
 
+There are two libraries: one for the CPU, with the schemas of all ops, and one for NVIDIA GPUs.
 A library is named by a hash of everything that its bits depend on. It is built in a folder beside
 it under a file lock, which the system releases with the process that holds it, and renamed when it
 is complete: of processes that race one builds, and a build that was killed leaves nothing to trip
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +31,7 @@ log = logging.getLogger("switchkd_kernels")
 
 HERE = Path(__file__).resolve().parent
 BUILT = "_native_ops.so"  # in the package, where it was built ahead of time
+BUILT_CUDA = "_native_cuda_ops.so"
 LOCK_SECONDS = 600  # longer than any build
 REMEDY = (
     "install a C++ compiler (g++ or clang++, or name one in CXX); SWITCHKD_JIT=0 stops the attempts"
@@ -45,6 +48,10 @@ INSTRUCTION_SETS = {  # lanes of a register, and what allows them
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     ),
 }
+
+# No -use_fast_math: draws divide and take logarithms as the reference does.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_TARGETS = ("80", "90a", "100")  # compiled ahead of time, of those that nvcc knows
 
 
 class BuildError(RuntimeError):
@@ -81,6 +88,16 @@ def run(command: list[str], where: Path | None = None) -> str:
     return done.stdout
 
 
+def nvcc() -> list[str]:
+    """$NVCC, which may have arguments, or nvcc on the path or in $CUDA_HOME/bin."""
+    given = shlex.split(os.environ.get("NVCC", ""))
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    for command in [given] if given else [["nvcc"], [str(home / "bin" / "nvcc")]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise BuildError(f"no CUDA compiler: {' '.join(given) or 'nvcc'} is not on the path")
+
+
 def commands(cxx: list[str], source: Path) -> tuple[list[list[str]], list[str]]:
     """What compiles each object, and what links them."""
     root = Path(torch.__file__).parent
@@ -91,27 +108,66 @@ def commands(cxx: list[str], source: Path) -> tuple[list[list[str]], list[str]]:
             defines = [f"-DSWITCHKD_CAPABILITY={name}", f"-DSWITCHKD_LANES={lanes}"]
             kernels = str(source / "cpu" / "kernels.cpp")
             each.append([*cxx, "-std=c++17", *FLAGS, *flags, *defines, "-c", kernels])
-    include = [root / "include", root / "include/torch/csrc/api/include"]
     # OpenMP as torch has it: its parallel_for is in its headers, and a second runtime in the
     # process would bring threads of its own.
-    each.append(
-        [*cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fopenmp",
-         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-         *["-DSWITCHKD_X86"] * x86, *[part for path in include for part in ("-isystem", str(path))],
-         "-c", str(source / "ops.cpp")]
-    )  # fmt: skip
-    library = root / "lib"
+    flags = ["-fopenmp", *["-DSWITCHKD_X86"] * x86]
+    each.append(with_torch(cxx, source / "ops.cpp", *flags))
     own = sorted(
-        [*library.glob("lib*omp*.so*"), *root.with_name("torch.libs").glob("lib*omp*.so*")]
+        [*(root / "lib").glob("lib*omp*.so*"), *root.with_name("torch.libs").glob("lib*omp*.so*")]
     )
     openmp = str(own[0]) if own else "-fopenmp"
-    return each, [*cxx, "-shared", f"-L{library}", "-ltorch_cpu", "-lc10", openmp]
+    return each, [*cxx, "-shared", *torch_libraries(), openmp]
+
+
+def with_torch(cxx: list[str], file: Path, *flags: str) -> list[str]:
+    """What compiles a file that includes torch's headers."""
+    root = Path(torch.__file__).parent / "include"
+    include = [part for path in (root, root / "torch/csrc/api/include")
+               for part in ("-isystem", str(path))]  # fmt: skip
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    start = [*cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", abi]
+    return [*start, *flags, *include, "-c", str(file)]
+
+
+def torch_libraries() -> list[str]:
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def cuda_targets() -> tuple[str, ...]:
+    """Those of CUDA_TARGETS that this nvcc knows."""
+    known = run([*nvcc(), "--list-gpu-code"]).split()
+    return tuple(one for one in CUDA_TARGETS if f"sm_{one.rstrip('a')}" in known)
+
+
+def gencode(target: str) -> str:
+    return f"-gencode=arch=compute_{target},code=sm_{target}"
+
+
+def cuda_commands(
+    cxx: list[str], source: Path, targets: tuple[str, ...]
+) -> tuple[list[list[str]], list[str]]:
+    """As `commands`, of the CUDA library for GPUs `targets`, such as 90a; cudart is part of it."""
+    cuda, host = nvcc(), f"-ccbin={cxx[0]}"
+    kernels = str(source / "cuda" / "select.cu")
+    each = [
+        with_torch(cxx, source / "cuda" / "ops.cpp"),
+        [*cuda, host, *CUDA_FLAGS, *map(gencode, targets), "-c", kernels],
+    ]
+    return each, [*cuda, host, "-shared", "-cudart=static", *torch_libraries()]
 
 
 def compile_into(target: Path) -> None:
-    """Builds the library at `target`, in a folder beside it; BuildError if it cannot."""
-    cxx, source = compiler(), csrc()
-    each, link = commands(cxx, source)
+    """Builds the CPU's library at `target`; BuildError if it cannot."""
+    build(target, *commands(compiler(), csrc()))
+
+
+def compile_cuda_into(target: Path, targets: tuple[str, ...] | None = None) -> None:
+    """Builds the CUDA library at `target`, by default for all `cuda_targets`."""
+    build(target, *cuda_commands(compiler(), csrc(), targets or cuda_targets()))
+
+
+def build(target: Path, each: list[list[str]], link: list[str]) -> None:
+    """Compiles and links in a folder beside `target`."""
     folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}.build-", dir=target.parent))
     try:
         objects = [f"{i}.o" for i in range(len(each))]
@@ -131,21 +187,53 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "switchkd"
 
 
-def key(cxx: list[str]) -> str:
-    """A hash of the sources, torch, the compiler, its flags and the kind of processor."""
+def digest(*parts: str, files: list[Path]) -> str:
     source = csrc()
-    parts = [torch.__version__, *cxx, run([*cxx, "--version"]), platform.machine()]
-    parts.append(repr((FLAGS, INSTRUCTION_SETS)))
-    for path in sorted(source.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
-            parts += [str(path.relative_to(source)), path.read_text(encoding="utf-8")]
+    parts = [torch.__version__, *parts]
+    for path in sorted(files):
+        parts += [str(path.relative_to(source)), path.read_text(encoding="utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def key(cxx: list[str]) -> str:
+    """A hash of the sources, torch, the compiler, its flags and the kind of processor."""
+    files = [
+        path
+        for path in csrc().rglob("*")
+        if path.suffix in (".h", ".cpp") and path.parent.name != "cuda"
+    ]
+    settings = repr((FLAGS, INSTRUCTION_SETS))
+    return digest(*cxx, run([*cxx, "--version"]), platform.machine(), settings, files=files)
+
+
+def cuda_key(cxx: list[str], targets: tuple[str, ...]) -> str:
+    """A hash of the sources, torch, both compilers and their flags, and the GPUs."""
+    cuda, source = nvcc(), csrc()
+    files = [source / "rowwise.h", *(source / "cuda").glob("*.*")]
+    versions = run([*cxx, "--version"]), run([*cuda, "--version"])
+    return digest(*cxx, *cuda, *versions, *CUDA_FLAGS, *targets, files=files)
+
+
 def built() -> Path:
-    """The library: from the wheel, from the cache, or built into it now."""
-    if (HERE / BUILT).is_file():
-        return HERE / BUILT
+    """The CPU's library: from the wheel, from the cache, or built into it now."""
+    return found(BUILT, "native", lambda: key(compiler()), compile_into)
+
+
+def built_for(target: str) -> Path:
+    """The same of the CUDA library for GPUs of one kind, such as 90a."""
+
+    def compile_for(path: Path) -> None:
+        compile_cuda_into(path, (target,))
+
+    return found(BUILT_CUDA, "cuda", lambda: cuda_key(compiler(), (target,)), compile_for)
+
+
+def found(
+    ahead: str, stem: str, key: Callable[[], str], compile_into: Callable[[Path], None]
+) -> Path:
+    """A library that was built ahead of time, or is in the cache, or is built into it now."""
+    if (HERE / ahead).is_file():
+        return HERE / ahead
     if os.environ.get("SWITCHKD_JIT") == "0":
         raise BuildError("SWITCHKD_JIT=0 forbids compiling it")
     try:
@@ -153,7 +241,7 @@ def built() -> Path:
     except ImportError as error:
         raise BuildError(f"{error}; torch brings filelock") from error
     folder = cache()
-    target = folder / f"native-{key(compiler())}.so"
+    target = folder / f"{stem}-{key()}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if target.is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
-from switchkd_kernels import _cpu, reference
+from switchkd_kernels import _cpu, _cuda, reference
 from switchkd_kernels._tl import (
     block_noise,
     could_win,
@@ -301,7 +301,7 @@ def _launch(
     return token, writer.view(torch.bool), *values
 
 
-_LAUNCH = {"triton": _launch, "cpu": _cpu.switch_select}
+_LAUNCH = {"triton": _launch, "cpu": _cpu.switch_select, "cuda": _cuda.switch_select}
 
 
 @torch.library.custom_op("switchkd::switch_select", mutates_args=())
@@ -369,7 +369,7 @@ def switch_select(
     `teacher_token`, `student_token` (M,) replace that model's draw, e.g. by one from `sample`, and
     save its noise. `sequence_ids`, `positions`: (M,) integers or one integer. impl: None (Triton
     for float32, float16 and bfloat16 on a GPU, native code for float32 and bfloat16 on a CPU, else
-    reference), "triton", "cpu" or "reference".
+    reference), "triton", "cpu", "cuda" (C++ for NVIDIA GPUs, csrc/cuda) or "reference".
     Raises ValueError and TypeError, and InvalidLogits (with model and row) on a CPU. On a GPU
     nothing waits for the device: a row of logits that defines no distribution, or a known token
     out of range, comes back as token -1 with NaN; ids, positions and NaN thresholds that are
@@ -380,7 +380,7 @@ def switch_select(
             "teacher_logits and student_logits must be (rows, vocabulary) with equal rows, got "
             f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
         )
-    chosen = backend.choose(impl, teacher_logits, student_logits)
+    chosen = backend.choose(impl, teacher_logits, student_logits, cuda=True)
     if chosen == "reference" and not torch.compiler.is_compiling():
         return reference.switch_select(
             teacher_logits, student_logits, threshold, seed=seed, sequence_ids=sequence_ids,
