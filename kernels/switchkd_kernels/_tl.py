@@ -336,3 +336,29 @@ def first_of_largest(
 @triton.jit
 def is_distribution(total):
     return (total > 0.0) & (total < float("inf"))
+
+
+# ------------------------------------------------------------------------------- rows in slices
+
+
+@triton.jit
+def combine(partial_ptr, token_ptr, row, rows, splits, SPLITS: tl.constexpr):
+    """(maximum, sum of exponentials, best value, its token) of a row, from those of its slices."""
+    each = tl.arange(0, SPLITS)
+    place, inside = row * splits + each, each < splits
+    step = rows * splits
+    tops = tl.load(partial_ptr + place, mask=inside, other=float("-inf"))
+    totals = tl.load(partial_ptr + step + place, mask=inside, other=0.0)
+    bests = tl.load(partial_ptr + 2 * step + place, mask=inside, other=float("-inf"))
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
+    best, index = tl.max(bests, 0, return_indices=True)
+    return top, total, best, tl.load(token_ptr + row * splits + index)
+
+
+@triton.jit
+def store_partial(partial_ptr, token_ptr, place, step, model):
+    tl.store(partial_ptr + place, model[0])
+    tl.store(partial_ptr + step + place, model[1])
+    tl.store(partial_ptr + 2 * step + place, model[2])
+    tl.store(token_ptr + place, model[3])

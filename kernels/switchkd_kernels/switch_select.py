@@ -15,8 +15,8 @@ from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, _cuda, reference
 from switchkd_kernels._tl import (
     block_noise,
+    combine,
     could_win,
-    exp,
     first_of_largest,
     is_distribution,
     load_block,
@@ -27,6 +27,7 @@ from switchkd_kernels._tl import (
     softmax_end,
     softmax_start,
     softmax_step,
+    store_partial,
     tl,
     triton,
     with_inverse,
@@ -129,29 +130,6 @@ def _measure(
 
 
 @triton.jit
-def _combine(partial_ptr, token_ptr, row, rows, splits, SPLITS: tl.constexpr):
-    """What `_scan` would return for one model and all of a row, from its slices."""
-    each = tl.arange(0, SPLITS)
-    place, inside = row * splits + each, each < splits
-    step = rows * splits
-    tops = tl.load(partial_ptr + place, mask=inside, other=float("-inf"))
-    totals = tl.load(partial_ptr + step + place, mask=inside, other=0.0)
-    bests = tl.load(partial_ptr + 2 * step + place, mask=inside, other=float("-inf"))
-    top = tl.max(tops, 0)
-    total = tl.sum(totals * exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
-    best, index = tl.max(bests, 0, return_indices=True)
-    return top, total, best, tl.load(token_ptr + row * splits + index)
-
-
-@triton.jit
-def _store_partial(partial_ptr, token_ptr, place, step, model):
-    tl.store(partial_ptr + place, model[0])
-    tl.store(partial_ptr + step + place, model[1])
-    tl.store(partial_ptr + 2 * step + place, model[2])
-    tl.store(token_ptr + place, model[3])
-
-
-@triton.jit
 def _known(token_ptr, V, model):
     """`model` with a given token. A token out of range makes the total NaN, which flags the row."""
     token = tl.load(token_ptr)
@@ -216,13 +194,13 @@ def _switch_select_kernel(
             DRAW_T, DRAW_S, T_STREAM, GROUP, EVEN, BLOCK,
         )  # fmt: skip
     if PHASE == "scan":
-        _store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
-        _store_partial(partial_ptr + 3 * step, partial_token_ptr + step, place, step, student)
+        store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
+        store_partial(partial_ptr + 3 * step, partial_token_ptr + step, place, step, student)
         tl.store(partial_token_ptr + 2 * step + row, 0)  # arrivals; all slices store the same
     else:
         if PHASE == "decide":
-            teacher = _combine(partial_ptr, partial_token_ptr, row, rows, splits, SPLITS)
-            student = _combine(
+            teacher = combine(partial_ptr, partial_token_ptr, row, rows, splits, SPLITS)
+            student = combine(
                 partial_ptr + 3 * step, partial_token_ptr + step, row, rows, splits, SPLITS
             )
         if DRAW_T == 0:
