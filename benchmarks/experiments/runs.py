@@ -29,7 +29,6 @@ MEASURES = {  # of summary.json: label, and whether larger is better (None: neit
     "kl": ("KL(p‖q)", False),
     "jsd": ("JSD, bits", False),
     "rouge_l": ("Rouge-L", True),
-    "seconds": ("seconds", False),
 }
 
 
