@@ -205,4 +205,6 @@ def mean_and_deviation(values: Sequence[float | None]) -> tuple[float, float] | 
     """Mean and sample deviation (0 of a single value); None where nothing was measured."""
     if any(value is None for value in values):
         return None
+    if any(value != value for value in values):  # statistics refuses NaN
+        return float("nan"), float("nan")
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
