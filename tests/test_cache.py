@@ -54,9 +54,16 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, sof
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
-    monkeypatch.setattr(attention, "flash_attn_with_kvcache", flash_attn)
+    widths = []
+
+    def recorded(q, *caches, **options):
+        widths.append(q.shape[1])
+        return flash_attn(q, *caches, **options)
+
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", recorded)
     monkeypatch.setattr("switchkd.cache.attention_for", lambda model: attention.FLASH)
     test_cache_agrees_with_a_full_forward_pass(name, "sdpa")
+    assert widths == [n for n in (9, 1, 3, 4, 1) for _ in range(2)]  # each pass, both layers
 
 
 def test_attention_of_the_model_is_left_as_it_was():

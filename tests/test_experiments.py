@@ -70,6 +70,7 @@ def test_mean_and_deviation():
     assert runs.mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     assert runs.mean_and_deviation([4.0]) == (4.0, 0.0)
     assert runs.mean_and_deviation([1.0, None]) is None
+    assert all(map(math.isnan, runs.mean_and_deviation([1.0, math.nan])))
 
 
 def test_spearman_is_of_ranks_and_shares_those_of_equals():

@@ -53,7 +53,7 @@ HARD = {  # arguments of `logits`; of the rows in turn
 }
 
 
-def same_selection(got, teacher, student, threshold, **options):
+def check_selection(got, teacher, student, threshold, **options):
     """Tokens and writers equal those in float64, values are as good as the plain ones."""
     want = reference.switch_select(teacher.double(), student.double(), threshold, **options)
     plain = reference.switch_select(teacher, student, threshold, **options)
@@ -79,7 +79,7 @@ def test_switch_select(instructions, hard, dtype):
                 }  # fmt: skip
                 with poisoned():
                     got = switch_select(teacher, student, 0.31, impl="cpu", **options)
-                same_selection(got, teacher, student, 0.31, **options)
+                check_selection(got, teacher, student, 0.31, **options)
 
 
 def test_known_tokens_padding_and_strides(instructions):
@@ -90,7 +90,7 @@ def test_known_tokens_padding_and_strides(instructions):
     for options in ({}, {"student_token": known}, {"student_token": known, "teacher_token": known}):
         options = options | where(5) | {"vocab_size": 700}
         got = switch_select(teacher, student, 0.3, impl="cpu", **options)
-        same_selection(got, teacher[:, :700], student[:, :700], 0.3, **options)
+        check_selection(got, teacher[:, :700], student[:, :700], 0.3, **options)
     with pytest.raises(ValueError, match="student_token must be"):
         switch_select(teacher, student, 0.3, impl="cpu", vocab_size=700, student_token=known + 1,
                       **where(5))  # fmt: skip
@@ -118,7 +118,7 @@ def test_few_long_rows_are_split(instructions, rows, threads):
         loss = divergence_loss(teacher, student, impl="cpu", reduction="none")
     finally:
         torch.set_num_threads(1)
-    same_selection(got, teacher, student, 0.01, **where(rows))
+    check_selection(got, teacher, student, 0.01, **where(rows))
     assert torch.equal(drawn, reference.sample(student.double(), **where(rows)))
     plain = reference.divergence_loss(teacher, student, reduction="none")
     want = reference.divergence_loss(teacher.double(), student.double(), reduction="none")
