@@ -17,9 +17,7 @@ same run. The pairs are described in rollout_pairs.py.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -37,7 +35,7 @@ from rich.table import Table
 
 from benchmarks import rollout_pairs as pairs
 from benchmarks.rollout_meter import Meter, NoCache, generate, weight_bytes
-from benchmarks.timing import Timer, copy_ceiling, dtype_name, open_device
+from benchmarks.timing import Timer, copy_ceiling, dtype_name, flat, open_device, save
 from switchkd.cache import position_bytes
 from switchkd.config import POLICIES, SwitchConfig
 from switchkd.decoder import rollout
@@ -266,25 +264,6 @@ def remarks(row: dict) -> list[str]:
         plans = sorted(row["plans"].items(), key=lambda item: -item[1])
         lines.append("rounds of block: " + ", ".join(f"{n} x {plan}" for plan, n in plans))
     return lines
-
-
-def flat(value):
-    """A cell: four digits of a number, `name value` pairs of a dictionary."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {flat(v)}" for name, v in value.items())
-    return value
-
-
-def save(args: argparse.Namespace, rows: list[dict]) -> None:
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.csv:
-        with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(rows[0])
-            writer.writerows([flat(value) for value in row.values()] for row in rows)
 
 
 def main(argv=None) -> int:

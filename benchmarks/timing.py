@@ -12,6 +12,7 @@ busy would take. Threads must then not spin while they wait (OMP_WAIT_POLICY=PAS
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import json
@@ -253,3 +254,23 @@ def gemms(hidden_t: Tensor, weight_t: Tensor, hidden_s: Tensor, weight_s: Tensor
     teacher = hidden_t @ weight_t.t()
     student = hidden_s @ weight_s.t()
     return teacher, student @ weight_s, student.t() @ hidden_s
+
+
+def flat(value):
+    """A cell: four digits of a number, `name value` pairs of a dictionary."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {flat(v)}" for name, v in value.items())
+    return value
+
+
+def save(args: argparse.Namespace, rows: list[dict]) -> None:
+    """To the files of --json and --csv, where given."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        with open(args.csv, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(rows[0])
+            writer.writerows([flat(value) for value in row.values()] for row in rows)

@@ -32,10 +32,8 @@ loss and the gradient of ours are compared with those of the naive step on one r
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -54,7 +52,7 @@ from rich.table import Table
 
 from benchmarks import rollout_pairs as pairs
 from benchmarks import train_step_methods as methods
-from benchmarks.timing import describe, dtype_name, open_device
+from benchmarks.timing import describe, dtype_name, open_device, save
 
 # Of loss and gradient, relative. Measured on the embedded and the toy pair: 3e-7 and 2e-6 in
 # float32, 3e-4 and 1e-2 in bfloat16.
@@ -243,17 +241,6 @@ def show(rows: list[dict], notes: list[str], console: Console) -> None:
     console.print(table)
     for note in [first["device"], f"teacher share {first['teacher_share']:.1%}", *notes]:
         console.print(note, highlight=False, markup=False)
-
-
-def save(args: argparse.Namespace, rows: list[dict]) -> None:
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.csv:
-        with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(rows[0])
-            for row in rows:
-                writer.writerow(f"{x:.4g}" if isinstance(x, float) else x for x in row.values())
 
 
 def parse(argv=None) -> argparse.Namespace:
