@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define SWITCHKD_HOST_DEVICE __host__ __device__ __forceinline__
@@ -107,38 +108,82 @@ constexpr float GUMBEL_PER_BIT = 1.1920928955078125e-07f * LN2, GUMBEL_AT = 158.
 
 // ------------------------------------------------------------------------------- functions
 
-// (e^x - 1 - x) / (x^2 / 2) for |x| < 1/2, by its Taylor series; the next term is below rounding.
+// x - n ln 2, of which little is left: in one rounding, or by two parts of ln 2, the first so short
+// that its products are exact.
 template <class F>
-SWITCHKD_HOST_DEVICE F exp_tail(F x) {
-  F s = x * (1.0f / 9) + 1.0f;
-  s = x * (1.0f / 8) * s + 1.0f;
-  s = x * (1.0f / 7) * s + 1.0f;
-  s = x * (1.0f / 6) * s + 1.0f;
-  s = x * (1.0f / 5) * s + 1.0f;
-  s = x * (1.0f / 4) * s + 1.0f;
-  return x * (1.0f / 3) * s + 1.0f;
+SWITCHKD_HOST_DEVICE F without(F x, F n) {
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+  return x - n * LN2;
+#else
+  return (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+#endif
 }
 
-template <class F>
-SWITCHKD_HOST_DEVICE F expm1(F x) {
-  auto near = abs(x) < F(0.5f);
-  F small = select(near, x, F(0.0f));
-  return select(near, small + small * small * 0.5f * exp_tail(small), exp(x) - 1.0f);
+SWITCHKD_HOST_DEVICE int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+SWITCHKD_HOST_DEVICE float float_of(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
-// log(w) + (x - (w - 1)), w = 1 + x rounded: the correction is what rounding took from x. It
-// matters where w is near 1, and there its division by w does not.
+// 2^n, n in the low bits of `shifted`.
+SWITCHKD_HOST_DEVICE float power_of_two(float shifted) {
+  const uint32_t n = static_cast<uint32_t>(bits_of(shifted));
+  return float_of(static_cast<int32_t>((n << 23) + 0x3F800000u));
+}
+
+// w = 2^n (1 + f), 1 + f in [1/sqrt 2, sqrt 2), for normal w > 0; n times 2^23.
 template <class F>
-SWITCHKD_HOST_DEVICE F log1p(F x) {
-  F w = x + 1.0f;
-  return log(w) + (x - (w - 1.0f));
+struct Split {
+  F power, f;
+};
+SWITCHKD_HOST_DEVICE Split<float> split(float w) {
+  const int32_t power = (bits_of(w) - 0x3F3504F3) & -0x800000;
+  return {static_cast<float>(power), float_of(bits_of(w) - power) - 1.0f};
+}
+
+// e^x = scale (1 + r + bend) for -87 <= x <= 0: x = n ln 2 + r, |r| <= ln(2) / 2, scale = 2^n, n by
+// the addition of 1.5 2^23, which rounds. bend = r^2 P(r), P of degree 4 by minimax (1.3e-7 of itself,
+// 1e-8 of e^x).
+template <class F>
+struct Power {
+  F scale, r, bend;
+};
+
+template <class F>
+SWITCHKD_HOST_DEVICE Power<F> power(F x) {
+  F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
+  F r = without(x, n);
+  F s = r * 1.3901304919e-3f + 8.3631705493e-3f;
+  s = r * s + 4.1666854173e-2f;
+  s = r * s + 1.6666577756e-1f;
+  s = r * s + 0.5f;
+  return {power_of_two(shifted), r, r * r * s};
+}
+
+// log(1 + f) - f for 1/sqrt 2 <= 1 + f < sqrt 2: by minimax, within 3e-7 of itself.
+template <class F>
+SWITCHKD_HOST_DEVICE F log_bend(F f) {
+  F b = f * 0.0890195295214653f - 0.14212730526924133f;
+  b = f * b + 0.14820295572280884f;
+  b = f * b - 0.1658124178647995f;
+  b = f * b + 0.19972553849220276f;
+  b = f * b - 0.25001394748687744f;
+  b = f * b + 0.33333665132522583f;
+  b = f * b - 0.4999999701976776f;
+  return f * f * b;
 }
 
 // cap tanh(z / cap)
 template <class F>
 SWITCHKD_HOST_DEVICE F soft_cap(F z, float cap) {
-  F t = expm1(abs(z / F(cap)) * -2.0f);
-  return select(z < F(0.0f), t, -t) / (t + 2.0f) * cap;
+  Power<F> e = power(-min(abs(z / F(cap)) * 2.0f, F(87.0f)));
+  F a = (F(1.0f) - e.scale) - e.scale * (e.r + e.bend);  // 1 - e^(-2 |z / cap|)
+  return select(z < F(0.0f), -a, a) / (F(2.0f) - a) * cap;
 }
 
 // Maximum and sum of e^(z - maximum) of a row: NaN for a row with a NaN or +inf, 0 for one of -inf.
@@ -153,34 +198,20 @@ SWITCHKD_HOST_DEVICE bool is_distribution(float total) {
 // What compares two rows, entry by entry. d's error from the sums is one rounding, the same for a
 // whole row, and enters a divergence only squared.
 struct Shift {
-  float teacher_top, student_top, tops, logs, teacher_inverse, student_inverse;
+  float teacher_top, student_top, tops, logs, teacher_inverse;
 };
 
 SWITCHKD_HOST_DEVICE Shift shift_of(Softmax teacher, Softmax student) {
-  return {teacher.top,           student.top,          student.top - teacher.top,
-          log(student.total / teacher.total), 1.0f / teacher.total, 1.0f / student.total};
+  return {teacher.top, student.top, student.top - teacher.top, log(student.total / teacher.total),
+          1.0f / teacher.total};
 }
-
-template <class F>
-struct Entry {
-  F p, q, d;  // probabilities, log q - log p (0 where both vanish)
-};
 
 template <class F>
 SWITCHKD_HOST_DEVICE F log_ratio(F teacher, F student, const Shift& by) {
   return ((student - teacher) - by.tops) - by.logs;  // NaN for -inf in both rows
 }
 
-// p and q each by an exponential of its own: of a common large offset d keeps less than they do.
-template <class F>
-SWITCHKD_HOST_DEVICE Entry<F> compare(F teacher, F student, const Shift& by) {
-  F d = log_ratio(teacher, student, by);
-  return {exp(teacher - by.teacher_top) * by.teacher_inverse,
-          exp(student - by.student_top) * by.student_inverse, select(d == d, d, F(0.0f))};
-}
-
-// max(p, q) times the teacher's sum, which spares one of the two exponentials, and its logarithm;
-// -inf in both rows counts as -87.
+// Logarithm of max(p, q) times the teacher's sum; -inf in both rows counts as -87.
 template <class F>
 SWITCHKD_HOST_DEVICE F log_larger(F teacher, F student, const Shift& by) {
   F below = min(by.teacher_top - teacher, (by.student_top - student) + by.logs);
@@ -192,58 +223,129 @@ SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
   return exp_in_range(log_larger(teacher, student, by));
 }
 
+// p and q by the larger of them, which all terms are multiples of, and by their ratio.
+template <class F>
+struct Entry {
+  F larger;         // max(p, q) times the teacher's sum
+  F distance;       // |d|, 0 where both vanish
+  F u;              // the same, at most 87
+  F ratio, a, bend; // e^-u, the smaller over the larger; 1 - e^-u; u - a: all with all their digits
+  decltype(F() < F()) teacher;  // whether p is the larger
+};
+
+template <class F>
+SWITCHKD_HOST_DEVICE Entry<F> compare(F teacher, F student, const Shift& by) {
+  Entry<F> x;
+  Power<F> top = power(log_larger(teacher, student, by));
+  x.larger = top.scale * (top.r + top.bend) + top.scale;
+  F d = log_ratio(teacher, student, by);
+  x.teacher = d < F(0.0f);
+  x.distance = max(abs(d), F(0.0f));  // of a NaN the other
+  x.u = min(x.distance, F(87.0f));
+  Power<F> e = power(-x.u);
+  F h = e.r + e.bend, rest = F(1.0f) - e.scale;
+  x.ratio = e.scale * h + e.scale;
+  x.a = rest - e.scale * h;
+  x.bend = e.scale * e.bend + ((e.scale * e.r + x.u) - rest);  // where n = 0: e.bend
+  return x;
+}
+
 // ------------------------------------------------------------------------------- divergences
 
 // m h(tanh(d / 2)), m = (p + q) / 2, h(tanh s) = s tanh s - log cosh s, with x = max(p, q) and
 // e = e^-|d|, so that m = x (1 + e) / 2. Near 0 h is d^2 by a polynomial in d^2, else the same terms
 // gathered, (1 + e) (ln 2 - log1p(e)) - |d| e, lose less than a digit, and the first of them is a
-// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8. A d of NaN,
-// where larger() is e^-87, adds nothing: it is 0 on a CPU and 87 under CUDA.
+// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8.
 template <class F>
-SWITCHKD_HOST_DEVICE F jsd_factor(F d) {  // of x / 2
-  F a = max(min(F(87.0f), abs(d)), F(0.0f)), a2 = a * a, e = exp_in_range(-a);
-  F near = a2 * 1.5079555731e-5f - 1.8115312355e-4f;
-  near = a2 * near + 1.7350388489e-3f;
-  near = a2 * near - 1.5624890518e-2f;
-  near = a2 * near + 0.125f;
-  near = a2 * near;
+SWITCHKD_HOST_DEVICE F jsd_factor(F u, F e) {  // of x / 2
+  F u2 = u * u;
+  F near = u2 * 1.5079555731e-5f - 1.8115312355e-4f;
+  near = u2 * near + 1.7350388489e-3f;
+  near = u2 * near - 1.5624890518e-2f;
+  near = u2 * near + 0.125f;
+  near = u2 * near;
   F far = e * 2.5064479615e-2f - 7.3974023944e-2f;
   far = e * far + 1.6487731458e-1f;
   far = e * far - 4.9983576152e-1f;
   far = e * far - 3.0685867955e-1f;
   far = e * far + 6.9314721836e-1f;
-  return select(a < F(1.0f), near * e + near, far - a * e);
+  return select(u < F(1.0f), near * e + near, far - u * e);
 }
 
+// A d of NaN adds nothing: it is 0 on a CPU, and 87 under CUDA, where larger() is e^-87.
 template <class F>
-SWITCHKD_HOST_DEVICE F jsd_terms(F x, F d) {
-  return jsd_factor(d) * (x * 0.5f);
+SWITCHKD_HOST_DEVICE F jsd_factor(F d) {
+  F u = max(min(F(87.0f), abs(d)), F(0.0f));
+  return jsd_factor(u, exp_in_range(-u));
 }
 
-// y - x - x e >= 0 of KL(x||y), e = log y - log x; a series near e = 0; y where x is 0.
+// Where the teacher's is the larger of the two, the first.
 template <class F>
-SWITCHKD_HOST_DEVICE F kl_terms(F x, F y, F e) {
-  auto close = abs(e) < F(0.5f);
-  F small = select(close, e, F(0.0f));
-  F near = x * small * small * 0.5f * exp_tail(small);
-  return select(x > F(0.0f), select(close, near, y - x - x * e), y);
+SWITCHKD_HOST_DEVICE F by_larger(const Entry<F>& x, F teacher, F student) {
+  return select(x.teacher, teacher, student);
 }
 
-// log(w + (1 - w) e^d) = log1p((1 - w) (e^d - 1)) = d + log1p(w (e^-d - 1)), 0 < w < 1: the first
-// form never cancels, the second never overflows.
+// KL of the larger to the smaller and back, in terms y - x - x (log y - log x) >= 0: u - a, and
+// a - u e without its cancellation. Infinite where the smaller is 0.
 template <class F>
-SWITCHKD_HOST_DEVICE F log_mix(F d, float w) {
-  auto large = d > F(1.0f);
-  F x = expm1(select(large, -d, d)) * select(large, F(w), F(1.0f - w));
-  return log1p(x) + select(large, d, F(0.0f));
+SWITCHKD_HOST_DEVICE F kl_from_larger(const Entry<F>& x) {
+  return x.bend + (x.distance - x.u);
+}
+template <class F>
+SWITCHKD_HOST_DEVICE F kl_from_smaller(const Entry<F>& x) {
+  return x.a * x.a - x.ratio * x.bend;
+}
+template <class F>
+SWITCHKD_HOST_DEVICE F kl_teacher_student(const Entry<F>& x) {
+  return by_larger(x, kl_from_larger(x), kl_from_smaller(x));
 }
 
-// q - p, without cancellation where they are near.
+// m = w p + (1 - w) q, by m / max(p, q) = 1 - z, and -log(1 - z) - z.
 template <class F>
-SWITCHKD_HOST_DEVICE F difference(const Entry<F>& x) {
-  auto near = abs(x.d) < F(0.5f);
-  F small = select(near, x.d, F(0.0f));
-  return select(near, x.p * (small + small * small * 0.5f * exp_tail(small)), x.q - x.p);
+struct Mixture {
+  float w;
+  F share, z, bend;
+};
+
+// Where 1 - z is near 1, what rounding took from it does not enter its logarithm.
+template <class F>
+SWITCHKD_HOST_DEVICE Mixture<F> mixture(const Entry<F>& x, float w) {
+  F of_larger = by_larger(x, F(w), F(1.0f - w)), of_smaller = by_larger(x, F(1.0f - w), F(w));
+  F z = of_smaller * x.a, share = of_smaller * x.ratio + of_larger;
+  Split<F> parts = split(share);
+  F f = select(parts.power == F(0.0f), -z, parts.f);
+  return {w, share, z, -(log_bend(f) + (parts.power * (LN2 / 8388608.0f) + (f + z)))};
+}
+
+// From y, p or q, to m: log(m / y) = change + rest with change = (m - y) / max(p, q), and terms
+// m - y - y log(m / y) >= 0 of KL(y||m), over max(p, q).
+template <class F>
+struct Toward {
+  F change, rest, terms;
+};
+
+// y over max(p, q), and what Entry has of it where it is the smaller, else 0.
+template <class F>
+SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F a, F bend, float own, const Mixture<F>& m) {
+  F change = a - m.z, rest = bend - m.bend, terms = a * change - y * rest;
+  if (own > 0.5f) {  // what is left of these terms falls with (1 - own)^2: y (r - log(1 + r))
+    F r = a * (1.0f - own) / y;
+    F near = select(F(0.0f) < r, -y * log_bend(r), terms);
+    terms = select(r < F(0.41f), near, terms);
+  }
+  return {change, rest, terms};
+}
+template <class F>
+SWITCHKD_HOST_DEVICE Toward<F> from_teacher(const Entry<F>& x, const Mixture<F>& m) {
+  const F zero = F(0.0f);
+  return toward(by_larger(x, F(1.0f), x.ratio), by_larger(x, zero, x.a), by_larger(x, zero, x.bend),
+                m.w, m);
+}
+template <class F>
+SWITCHKD_HOST_DEVICE Toward<F> from_student(const Entry<F>& x, const Mixture<F>& m) {
+  const F zero = F(0.0f);
+  return toward(by_larger(x, x.ratio, F(1.0f)), by_larger(x, x.a, zero), by_larger(x, x.bend, zero),
+                1.0f - m.w, m);
 }
 
 enum Kind : int {
@@ -260,37 +362,44 @@ enum Kind : int {
 
 template <class F>
 struct Term {
-  F value, u;  // of the divergence, and q dL/dq: dL/dz = u - q sum u
+  F value, u, q;  // of the divergence; q dL/dq: dL/dz = u - q sum u; times the teacher's sum
 };
 
 // Terms of rowwise.values and u of rowwise.gradients, which share their logarithms. For KL(p||q) u
 // is q - p, the gradient itself: the sum that is taken off is 0 but for rounding.
 template <int KIND, class F>
 SWITCHKD_HOST_DEVICE Term<F> divergence_terms(const Entry<F>& x, float w, bool detach) {
-  const F zero = F(0.0f);
-  F p = x.p, q = x.q, d = x.d;
-  if (KIND == CROSS_ENTROPY) return {zero, zero};
-  if (KIND == KL_TEACHER_STUDENT) return {kl_terms(p, q, d), difference(x)};
-  if (KIND == KL_STUDENT_TEACHER) return {kl_terms(q, p, -d), select(q > zero, q * d, zero)};
-  if (KIND == TVD) {
-    F sign = select(d > zero, F(0.5f), select(d < zero, F(-0.5f), zero));
-    return {abs(difference(x)) * 0.5f, q * sign};
+  const F zero = F(0.0f), one = F(1.0f), q = by_larger(x, x.ratio, one);
+  F value = zero, u = zero;  // over max(p, q)
+  if (KIND == KL_TEACHER_STUDENT) {
+    value = kl_teacher_student(x);
+    u = by_larger(x, -x.a, x.a);
+  } else if (KIND == KL_STUDENT_TEACHER) {
+    value = by_larger(x, kl_from_smaller(x), kl_from_larger(x));
+    u = by_larger(x, -x.ratio * x.u, x.distance);
+  } else if (KIND == TVD) {
+    value = x.a * 0.5f;
+    u = select(x.u > zero, by_larger(x, x.ratio * -0.5f, F(0.5f)), zero);
+  } else if (KIND == SKEW_KL) {
+    const Mixture<F> m = mixture(x, w);
+    const Toward<F> p = from_teacher(x, m);
+    value = p.terms;
+    u = q * (1.0f - w) * (p.change / m.share);
+  } else if (KIND == SKEW_REVERSE_KL) {
+    const Mixture<F> m = mixture(x, 1.0f - w);
+    const Toward<F> y = from_student(x, m);
+    const F log_mix = y.change + y.rest;
+    value = y.terms;
+    u = -q * (detach ? log_mix : log_mix - y.change / m.share * w);
+  } else if (KIND == JSD || KIND == GENERALIZED_JSD) {
+    if (KIND == JSD) w = 0.5f;
+    const Mixture<F> m = mixture(x, w);
+    const Toward<F> y = from_student(x, m);
+    value = KIND == JSD ? jsd_factor(x.u, x.ratio) * 0.5f
+                        : from_teacher(x, m).terms * w + y.terms * (1.0f - w);
+    u = q * (w - 1.0f) * (y.change + y.rest);
   }
-  if (KIND == SKEW_KL) {
-    F mix = log_mix(d, w);  // log m / p
-    return {kl_terms(p, p * w + q * (1.0f - w), mix), q * (w - 1.0f) * expm1(-mix)};
-  }
-  if (KIND == SKEW_REVERSE_KL) {
-    F mix = log_mix(-d, w);  // log m / q
-    F u = detach ? mix : mix + expm1(-mix) * w;
-    return {kl_terms(q, p * (1.0f - w) + q * w, mix), select(q > zero, -q * u, zero)};
-  }
-  if (KIND == JSD) {
-    return {jsd_terms(max(p, q), d), select(q > zero, q * -0.5f * log_mix(-d, 0.5f), zero)};
-  }
-  F m = p * w + q * (1.0f - w), mix = log_mix(-d, 1.0f - w);
-  F value = kl_terms(p, m, log_mix(d, w)) * w + kl_terms(q, m, mix) * (1.0f - w);
-  return {value, select(q > zero, q * (w - 1.0f) * mix, zero)};
+  return {value * x.larger, u * x.larger, q * x.larger};
 }
 
 }  // namespace SWITCHKD_CAPABILITY

@@ -30,74 +30,103 @@ SWITCHKD_INLINE void for_kind(int kind, Call with) {
   }
 }
 
-// A block of both models' logits. Without a teacher the student stands for it.
+// What compares two rows. Where one has an offset that the other lacks, q = p e^d would have the
+// rounding of so large a d: such rows are compared from their maxima, and others from 0.
+struct Comparison {
+  Shift shift;
+  float start[2];
+};
+
+// Without a teacher the student stands for it.
+SWITCHKD_INLINE Comparison comparison_of(const Pair& pair, const Scan models[2]) {
+  const Scan &student = models[1], &teacher = pair.model[0].data == nullptr ? student : models[0];
+  const float start[2] = {teacher.top, student.top};
+  const bool far = abs(student.top - teacher.top) > 16.0f;
+  const float t = far ? start[0] : 0.0f, s = far ? start[1] : 0.0f;
+  return {shift_of({teacher.top - t, teacher.total}, {student.top - s, student.total}), {t, s}};
+}
+
+// A block of both models' logits, less where their comparison starts.
 struct PairBlock {
-  const float* teacher;
-  const float* student;
+  const float *teacher, *student;
+  const float* logits;  // the student's
   int count, wide;
 };
 
-SWITCHKD_INLINE PairBlock load_pair(
-    const Pair& pair, int64_t row, int64_t first, int64_t end, float buffers[2][BLOCK]) {
-  const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
-  const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
-  const float* teacher = student;
-  if (pair.model[0].data != nullptr)
-    teacher = load_logits(pair, 0, row, first, count, buffers[0]);
-  return {teacher, student, count, padded(count)};
+struct PairBuffers {
+  float model[2][BLOCK], from_start[2][BLOCK];
+};
+
+SWITCHKD_INLINE const float* less(float start, const float* z, int wide, float* buffer) {
+  if (start == 0.0f) return z;
+  for (int i = 0; i < wide; i += LANES) store(buffer + i, load(z + i) - start);
+  return buffer;
 }
 
-SWITCHKD_INLINE Shift loss_shift(const Pair& pair, const Scan models[2]) {
-  const Scan& teacher = models[pair.model[0].data == nullptr ? 1 : 0];
-  return shift_of({teacher.top, teacher.total}, {models[1].top, models[1].total});
+SWITCHKD_INLINE PairBlock load_pair(const Pair& pair, const Comparison& by, int64_t row,
+                                    int64_t first, int64_t end, PairBuffers& buffers) {
+  const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
+  const int wide = padded(count);
+  const float* logits = load_logits(pair, 1, row, first, count, buffers.model[1]);
+  const float* teacher = logits;
+  if (pair.model[0].data != nullptr)
+    teacher = load_logits(pair, 0, row, first, count, buffers.model[0]);
+  return {less(by.start[0], teacher, wide, buffers.from_start[0]),
+          less(by.start[1], logits, wide, buffers.from_start[1]), logits, count, wide};
+}
+
+// Of the entries from `i` on.
+template <int KIND>
+SWITCHKD_INLINE Term<Vec> terms(const PairBlock& z, int i, const Comparison& by, const Loss& loss) {
+  const Entry<Vec> x = compare(load(z.teacher + i), load(z.student + i), by.shift);
+  return divergence_terms<KIND>(x, loss.weight, loss.detach);
 }
 
 // The loss, and sum u, which the gradient takes off.
 Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool needs_u, int64_t row,
               int64_t start, int64_t end) {
-  const Shift shift = loss_shift(pair, models);
+  const Comparison by = comparison_of(pair, models);
   Sum value, u;
   for_kind(loss.kind, [&](auto kind) {
-    float buffers[2][BLOCK];
+    PairBuffers buffers;
     for (int64_t first = start; first < end; first += BLOCK) {
-      const PairBlock z = load_pair(pair, row, first, end, buffers);
-      // u shares its logarithms with the value of every kind but one. The same code with a gradient
-      // to come and without also gives the same value to the last bit.
-      if (needs_u || kind.value != JSD) {
-        for (int i = 0; i < z.wide; i += LANES) {
-          Entry<Vec> x = compare(load(z.teacher + i), load(z.student + i), shift);
-          Term<Vec> term = divergence_terms<kind.value>(x, loss.weight, loss.detach);
-          value.add(term.value);
-          u.add(term.u);
+      const PairBlock z = load_pair(pair, by, row, first, end, buffers);
+      for (int group = 0; group < z.wide; group += GROUP) {
+        Vec values = Vec(0.0f), us = Vec(0.0f);
+        // u shares its logarithms with the value of every kind but one. The same code with a
+        // gradient to come and without also gives the same value to the last bit.
+        for (int i = group; i < group + GROUP; i += LANES) {
+          const Term<Vec> term = terms<kind.value>(z, i, by, loss);
+          values = values + term.value;
+          if (needs_u || kind.value != JSD) us = us + term.u;
         }
-      } else {
-        for (int i = 0; i < z.wide; i += LANES) {
-          Entry<Vec> x = compare(load(z.teacher + i), load(z.student + i), shift);
-          value.add(divergence_terms<kind.value>(x, loss.weight, loss.detach).value);
-        }
+        value.add(values);
+        u.add(us);
       }
     }
   });
-  return {value.result(), sum(u.total)};
+  return {value.result() * by.shift.teacher_inverse, sum(u.total) * by.shift.teacher_inverse};
 }
 
 void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Upstream& upstream,
               const Logits& out, int64_t row, int64_t start, int64_t end) {
-  const Shift shift = loss_shift(pair, models);
+  const Comparison by = comparison_of(pair, models);
+  const float scale = upstream.scale * by.shift.teacher_inverse;
+  const float of_q = upstream.ce_weight * by.shift.teacher_inverse - upstream.total * scale;
   for_kind(loss.kind, [&](auto kind) {
-    float buffers[2][BLOCK], grads[BLOCK];
+    PairBuffers buffers;
+    float grads[BLOCK];
     for (int64_t first = start; first < end; first += BLOCK) {
-      const PairBlock z = load_pair(pair, row, first, end, buffers);
+      const PairBlock z = load_pair(pair, by, row, first, end, buffers);
       for (int i = 0; i < z.wide; i += LANES) {
-        Entry<Vec> x = compare(load(z.teacher + i), load(z.student + i), shift);
-        Vec u = divergence_terms<kind.value>(x, loss.weight, loss.detach).u;
-        store(grads + i, (u - x.q * upstream.total) * upstream.scale + x.q * upstream.ce_weight);
+        const Term<Vec> term = terms<kind.value>(z, i, by, loss);
+        store(grads + i, term.u * scale + term.q * of_q);
       }
       const int64_t label = upstream.label - first;
       if (label >= 0 && label < z.count) grads[label] -= upstream.ce_weight;
       if (pair.cap != 0.0f) {
         for (int i = 0; i < z.wide; i += LANES) {
-          Vec slope = load(z.student + i) / Vec(pair.cap);
+          Vec slope = load(z.logits + i) / Vec(pair.cap);
           store(grads + i, load(grads + i) * (Vec(1.0f) - slope * slope));
         }
       }

@@ -221,10 +221,12 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
     }
     const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
     if (metric == KL) {
+      Vec block = Vec(0.0f);
       for (int i = 0; i < wide; i += LANES) {
-        Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
-        total.add(kl_terms(x.p, x.q, x.d));
+        const Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
+        block = block + kl_teacher_student(x) * x.larger;
       }
+      total.add(block * shift.teacher_inverse);
     } else {
       Twin block = Twin(0.0f);
       for (int i = 0; i < wide; i += 2 * LANES) {
@@ -247,13 +249,6 @@ float logit(const Pair& pair, int model, int64_t row, int64_t token) {
 // Bits of a float to an integer of the same order; the same step leads back.
 inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
 
-inline float float_of(int32_t order) {
-  int32_t bits = ordered(order);
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // How many logits are at least `pivot`.
 inline int64_t count_from(const Pair& pair, int64_t row, float pivot) {
   float buffer[BLOCK];
@@ -275,10 +270,10 @@ inline float kth_largest(const Pair& pair, int64_t row, int64_t k) {
   int32_t low = -0x7F800001, high = 0x7F800000;  // -inf and +inf
   while (low < high) {
     int32_t middle = (low | high) - ((low ^ high) >> 1);  // the mean, rounded up
-    if (count_from(pair, row, float_of(middle)) >= k) low = middle;
+    if (count_from(pair, row, float_of(ordered(middle))) >= k) low = middle;
     else high = middle - 1;
   }
-  return float_of(low);
+  return float_of(ordered(low));
 }
 
 // Sum of e^(z / T - top) over z / T > value.

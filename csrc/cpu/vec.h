@@ -195,15 +195,13 @@ SWITCHKD_INLINE Twin scaled(Twin s, Twin shifted) {
   return {scaled(s.a, shifted.a), scaled(s.b, shifted.b)};
 }
 
-// x - n ln 2, of which little is left: in one rounding, or by two parts of ln 2, the first so short
-// that its products are exact.
-template <class F>
-SWITCHKD_INLINE F without(F x, F n) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return x - n * LN2;
-#else
-  return (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-#endif
+SWITCHKD_INLINE Vec power_of_two(Vec shifted) {
+  return (Floats)(((Bits)shifted.v << 23) + 0x3F800000u);
+}
+
+SWITCHKD_INLINE Split<Vec> split(Vec w) {
+  const Ints power = ((Ints)w.v - 0x3F3504F3) & -0x800000;
+  return {to_float((Bits)power), Vec((Floats)((Ints)w.v - power)) - 1.0f};
 }
 
 // e^x to 2 ulp for -87 <= x <= 88 (4 ulp at the ends); anything else beyond. x = n ln 2 + r,
@@ -249,26 +247,6 @@ SWITCHKD_INLINE Vec exp(Vec x) {
   s = r * r * s + r + 1.0f;
   Vec scaled = (Floats)((Bits)s.v + ((Bits)shifted.v << 23));
   return select(x > Vec(-87.0f), scaled, Vec(0.0f));
-}
-
-// log x to 1.5 ulp for normal x > 0, -inf below 2^-126. x = 2^n (1 + f), 2^-1/2 <= 1 + f < 2^1/2;
-// log(1 + f) = f - f^2 / 2 + f^3 P(f), P the interpolant of degree 8 in Chebyshev's nodes (3.4e-9).
-SWITCHKD_INLINE Vec log(Vec x) {
-  Ints n = ((Ints)x.v - 0x3F3504F3) >> 23;
-  Vec f = Vec((Floats)((Ints)x.v - (n << 23))) - 1.0f, k = __builtin_convertvector(n, Floats);
-  Vec s = f * 6.9716118276e-2f - 1.1479733884e-1f;
-  s = f * s + 1.1685419828e-1f;
-  s = f * s - 1.2425687164e-1f;
-  s = f * s + 1.4249058068e-1f;
-  s = f * s - 1.6667802632e-1f;
-  s = f * s + 2.0000715554e-1f;
-  s = f * s - 2.4999997020e-1f;
-  s = f * s + 3.3333331347e-1f;
-  Vec f2 = f * f;
-  s = f2 * f * s + k * 1.42860682030941723e-6f;
-  s = s - f2 * 0.5f;
-  s = k * 0.693145751953125f + (f + s);
-  return select(x < Vec(1.1754944e-38f), Vec(-INFINITY), s);
 }
 
 }  // namespace SWITCHKD_CAPABILITY

@@ -226,7 +226,7 @@ SWITCHKD_DEVICE float measure_tile(const Tiles& tiles, int tile, int slot, const
         sum += z[0][i] > verdict.rival ? 1.0f : 0.0f;
       } else if (METRIC == KL) {
         const Entry<float> x = compare(z[0][i], z[1][i], verdict.shift);
-        sum += kl_terms(x.p, x.q, x.d);
+        sum += kl_teacher_student(x) * x.larger;
       } else {
         const float d = log_ratio(z[0][i], z[1][i], verdict.shift);
         sum += jsd_factor(d) * larger(z[0][i], z[1][i], verdict.shift);
@@ -248,7 +248,8 @@ SWITCHKD_DEVICE float measure(const Selection& how, const Tiles& tiles, const Sh
     else if (how.metric == KL) sum += measure_tile<KL, T, S>(tiles, tile, slot, verdict);
     else sum += measure_tile<JSD_NATS, T, S>(tiles, tile, slot, verdict);
   });
-  return how.metric == JSD_NATS ? sum * (0.5f * verdict.shift.teacher_inverse) : sum;
+  if (how.metric == RANK) return sum;
+  return sum * (verdict.shift.teacher_inverse * (how.metric == JSD_NATS ? 0.5f : 1.0f));
 }
 
 // Who writes, and what, from the sum of all terms. By one thread.
