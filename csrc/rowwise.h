@@ -47,7 +47,8 @@ SWITCHKD_HOST_DEVICE float exp(float x) { return ::expf(x); }
 SWITCHKD_HOST_DEVICE float min(float a, float b) { return a < b ? a : b; }
 SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
 #endif
-SWITCHKD_HOST_DEVICE float exp_in_range(float x) { return exp(x); }  // of -87 <= x <= 88
+// scale e^x for -87 <= x <= 88.
+SWITCHKD_HOST_DEVICE float exp_in_range(float x, float scale = 1.0f) { return exp(x) * scale; }
 SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
 SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }
@@ -198,12 +199,12 @@ SWITCHKD_HOST_DEVICE bool is_distribution(float total) {
 // What compares two rows, entry by entry. d's error from the sums is one rounding, the same for a
 // whole row, and enters a divergence only squared.
 struct Shift {
-  float teacher_top, student_top, tops, logs, teacher_inverse;
+  float teacher_top, student_top, tops, logs, teacher_inverse, student_inverse;
 };
 
 SWITCHKD_HOST_DEVICE Shift shift_of(Softmax teacher, Softmax student) {
   return {teacher.top, student.top, student.top - teacher.top, log(student.total / teacher.total),
-          1.0f / teacher.total};
+          1.0f / teacher.total, 1.0f / student.total};
 }
 
 template <class F>
@@ -226,36 +227,40 @@ SWITCHKD_HOST_DEVICE F larger(F teacher, F student, const Shift& by) {
 // p and q by the larger of them, which all terms are multiples of, and by their ratio.
 template <class F>
 struct Entry {
-  F larger;         // max(p, q) times the teacher's sum
-  F distance;       // |d|, 0 where both vanish
-  F u;              // the same, at most 87
-  F ratio, a, bend; // e^-u, the smaller over the larger; 1 - e^-u; u - a: all with all their digits
+  F larger;               // max(p, q), at least e^-87 over a sum
+  F distance, u;          // |d|, 0 where both vanish, and that up to 87
+  F ratio, drop, bend;    // e^-u, the smaller over the larger; ratio - 1; drop + u: all exactly
   decltype(F() < F()) teacher;  // whether p is the larger
 };
 
+// The larger by its own row alone: a q of 1 is then 1, as the gradient of a certain row asks.
 template <class F>
 SWITCHKD_HOST_DEVICE Entry<F> compare(F teacher, F student, const Shift& by) {
   Entry<F> x;
-  Power<F> top = power(log_larger(teacher, student, by));
-  x.larger = top.scale * (top.r + top.bend) + top.scale;
   F d = log_ratio(teacher, student, by);
   x.teacher = d < F(0.0f);
+  F below = select(x.teacher, by.teacher_top - teacher, by.student_top - student);
+  Power<F> top = power(-min(below, F(87.0f)));
+  F inverse = select(x.teacher, F(by.teacher_inverse), F(by.student_inverse));
+  x.larger = (top.scale * (top.r + top.bend) + top.scale) * inverse;
   x.distance = max(abs(d), F(0.0f));  // of a NaN the other
   x.u = min(x.distance, F(87.0f));
   Power<F> e = power(-x.u);
-  F h = e.r + e.bend, rest = F(1.0f) - e.scale;
+  F h = e.r + e.bend, rest = e.scale - 1.0f;
   x.ratio = e.scale * h + e.scale;
-  x.a = rest - e.scale * h;
-  x.bend = e.scale * e.bend + ((e.scale * e.r + x.u) - rest);  // where n = 0: e.bend
+  x.drop = e.scale * h + rest;
+  x.bend = e.scale * e.bend + ((e.scale * e.r + x.u) + rest);  // where n = 0: e.bend
   return x;
 }
 
 // ------------------------------------------------------------------------------- divergences
 
 // m h(tanh(d / 2)), m = (p + q) / 2, h(tanh s) = s tanh s - log cosh s, with x = max(p, q) and
-// e = e^-|d|, so that m = x (1 + e) / 2. Near 0 h is d^2 by a polynomial in d^2, else the same terms
-// gathered, (1 + e) (ln 2 - log1p(e)) - |d| e, lose less than a digit, and the first of them is a
-// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 5.5e-8.
+// e = e^-u, u = |d|, so that m = x (1 + e) / 2. Near 0 h is d^2 by a polynomial in d^2, else the same
+// terms gathered, (1 + e) (ln 2 - log1p(e)) - u e, lose less than a digit, and the first of them is a
+// polynomial in e <= e^-1. Both by minimax, of relative error 2.8e-8 and 6.3e-8. e comes, and the
+// result goes, JSD_SCALE times as large, so that a coefficient of 1 spares a product.
+constexpr float JSD_SCALE = 0.39879999f;
 template <class F>
 SWITCHKD_HOST_DEVICE F jsd_factor(F u, F e) {  // of x / 2
   F u2 = u * u;
@@ -264,19 +269,18 @@ SWITCHKD_HOST_DEVICE F jsd_factor(F u, F e) {  // of x / 2
   near = u2 * near - 1.5624890518e-2f;
   near = u2 * near + 0.125f;
   near = u2 * near;
-  F far = e * 2.5064479615e-2f - 7.3974023944e-2f;
-  far = e * far + 1.6487731458e-1f;
-  far = e * far - 4.9983576152e-1f;
-  far = e * far - 3.0685867955e-1f;
-  far = e * far + 6.9314721836e-1f;
-  return select(u < F(1.0f), near * e + near, far - u * e);
+  F far = e * (e - 1.1702296662f) + 1.0373175144f;
+  far = e * far - 1.2533936501f;
+  far = e * far - 3.0685737729e-1f;
+  far = e * far + 2.7642709017e-1f;
+  return select(u < F(1.0f), near * (e + JSD_SCALE), far - u * e);
 }
 
 // A d of NaN adds nothing: it is 0 on a CPU, and 87 under CUDA, where larger() is e^-87.
 template <class F>
 SWITCHKD_HOST_DEVICE F jsd_factor(F d) {
   F u = max(min(F(87.0f), abs(d)), F(0.0f));
-  return jsd_factor(u, exp_in_range(-u));
+  return jsd_factor(u, exp_in_range(-u, JSD_SCALE));
 }
 
 // Where the teacher's is the larger of the two, the first.
@@ -285,36 +289,36 @@ SWITCHKD_HOST_DEVICE F by_larger(const Entry<F>& x, F teacher, F student) {
   return select(x.teacher, teacher, student);
 }
 
-// KL of the larger to the smaller and back, in terms y - x - x (log y - log x) >= 0: u - a, and
-// a - u e without its cancellation. Infinite where the smaller is 0.
+// KL of the larger to the smaller and back, in terms y - x - x (log y - log x) >= 0: u - (1 - e),
+// and 1 - e - u e without its cancellation. Infinite where the smaller is 0.
 template <class F>
 SWITCHKD_HOST_DEVICE F kl_from_larger(const Entry<F>& x) {
   return x.bend + (x.distance - x.u);
 }
 template <class F>
 SWITCHKD_HOST_DEVICE F kl_from_smaller(const Entry<F>& x) {
-  return x.a * x.a - x.ratio * x.bend;
+  return x.drop * x.drop - x.ratio * x.bend;
 }
 template <class F>
 SWITCHKD_HOST_DEVICE F kl_teacher_student(const Entry<F>& x) {
   return by_larger(x, kl_from_larger(x), kl_from_smaller(x));
 }
 
-// m = w p + (1 - w) q, by m / max(p, q) = 1 - z, and -log(1 - z) - z.
+// m = w p + (1 - w) q, by m / max(p, q) = 1 + drop, and log(1 + drop) - drop.
 template <class F>
 struct Mixture {
   float w;
-  F share, z, bend;
+  F share, drop, bend;
 };
 
-// Where 1 - z is near 1, what rounding took from it does not enter its logarithm.
+// Where 1 + drop is near 1, what rounding took from it does not enter its logarithm.
 template <class F>
 SWITCHKD_HOST_DEVICE Mixture<F> mixture(const Entry<F>& x, float w) {
   F of_larger = by_larger(x, F(w), F(1.0f - w)), of_smaller = by_larger(x, F(1.0f - w), F(w));
-  F z = of_smaller * x.a, share = of_smaller * x.ratio + of_larger;
+  F drop = of_smaller * x.drop, share = of_smaller * x.ratio + of_larger;
   Split<F> parts = split(share);
-  F f = select(parts.power == F(0.0f), -z, parts.f);
-  return {w, share, z, -(log_bend(f) + (parts.power * (LN2 / 8388608.0f) + (f + z)))};
+  F f = select(parts.power == F(0.0f), drop, parts.f);
+  return {w, share, drop, log_bend(f) + (parts.power * (LN2 / 8388608.0f) + (f - drop))};
 }
 
 // From y, p or q, to m: log(m / y) = change + rest with change = (m - y) / max(p, q), and terms
@@ -326,10 +330,10 @@ struct Toward {
 
 // y over max(p, q), and what Entry has of it where it is the smaller, else 0.
 template <class F>
-SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F a, F bend, float own, const Mixture<F>& m) {
-  F change = a - m.z, rest = bend - m.bend, terms = a * change - y * rest;
+SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F drop, F bend, float own, const Mixture<F>& m) {
+  F change = m.drop - drop, rest = bend + m.bend, terms = -(drop * change) - y * rest;
   if (own > 0.5f) {  // what is left of these terms falls with (1 - own)^2: y (r - log(1 + r))
-    F r = a * (1.0f - own) / y;
+    F r = drop * (own - 1.0f) / y;
     F near = select(F(0.0f) < r, -y * log_bend(r), terms);
     terms = select(r < F(0.41f), near, terms);
   }
@@ -338,14 +342,14 @@ SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F a, F bend, float own, const Mixture
 template <class F>
 SWITCHKD_HOST_DEVICE Toward<F> from_teacher(const Entry<F>& x, const Mixture<F>& m) {
   const F zero = F(0.0f);
-  return toward(by_larger(x, F(1.0f), x.ratio), by_larger(x, zero, x.a), by_larger(x, zero, x.bend),
-                m.w, m);
+  return toward(by_larger(x, F(1.0f), x.ratio), by_larger(x, zero, x.drop),
+                by_larger(x, zero, x.bend), m.w, m);
 }
 template <class F>
 SWITCHKD_HOST_DEVICE Toward<F> from_student(const Entry<F>& x, const Mixture<F>& m) {
   const F zero = F(0.0f);
-  return toward(by_larger(x, x.ratio, F(1.0f)), by_larger(x, x.a, zero), by_larger(x, x.bend, zero),
-                1.0f - m.w, m);
+  return toward(by_larger(x, x.ratio, F(1.0f)), by_larger(x, x.drop, zero),
+                by_larger(x, x.bend, zero), 1.0f - m.w, m);
 }
 
 enum Kind : int {
@@ -360,46 +364,50 @@ enum Kind : int {
   KINDS,
 };
 
+// Over max(p, q): the divergence's term, q, and u = q dL/dq, of which dL/dz = u - q sum u.
 template <class F>
 struct Term {
-  F value, u, q;  // of the divergence; q dL/dq: dL/dz = u - q sum u; times the teacher's sum
+  F value, q, slope;  // dL/dq; of KL(p||q), where it has no bound, u
 };
+
+template <int KIND, class F>
+SWITCHKD_HOST_DEVICE F u_of(const Term<F>& x) {
+  return KIND == KL_TEACHER_STUDENT ? x.slope : x.q * x.slope;
+}
 
 // Terms of rowwise.values and u of rowwise.gradients, which share their logarithms. For KL(p||q) u
 // is q - p, the gradient itself: the sum that is taken off is 0 but for rounding.
 template <int KIND, class F>
 SWITCHKD_HOST_DEVICE Term<F> divergence_terms(const Entry<F>& x, float w, bool detach) {
-  const F zero = F(0.0f), one = F(1.0f), q = by_larger(x, x.ratio, one);
-  F value = zero, u = zero;  // over max(p, q)
-  if (KIND == KL_TEACHER_STUDENT) {
-    value = kl_teacher_student(x);
-    u = by_larger(x, -x.a, x.a);
-  } else if (KIND == KL_STUDENT_TEACHER) {
-    value = by_larger(x, kl_from_smaller(x), kl_from_larger(x));
-    u = by_larger(x, -x.ratio * x.u, x.distance);
-  } else if (KIND == TVD) {
-    value = x.a * 0.5f;
-    u = select(x.u > zero, by_larger(x, x.ratio * -0.5f, F(0.5f)), zero);
-  } else if (KIND == SKEW_KL) {
+  const F zero = F(0.0f), q = by_larger(x, x.ratio, F(1.0f));
+  if (KIND == KL_TEACHER_STUDENT)
+    return {kl_teacher_student(x), q, by_larger(x, x.drop, -x.drop)};
+  if (KIND == KL_STUDENT_TEACHER)
+    return {by_larger(x, kl_from_smaller(x), kl_from_larger(x)), q, by_larger(x, -x.u, x.distance)};
+  if (KIND == TVD) {
+    const F sign = by_larger(x, F(-0.5f), F(0.5f));
+    return {x.drop * -0.5f, q, select(x.u > zero, sign, zero)};
+  }
+  if (KIND == SKEW_KL) {
     const Mixture<F> m = mixture(x, w);
     const Toward<F> p = from_teacher(x, m);
-    value = p.terms;
-    u = q * (1.0f - w) * (p.change / m.share);
-  } else if (KIND == SKEW_REVERSE_KL) {
+    return {p.terms, q, p.change / m.share * (1.0f - w)};
+  }
+  if (KIND == SKEW_REVERSE_KL) {
     const Mixture<F> m = mixture(x, 1.0f - w);
     const Toward<F> y = from_student(x, m);
     const F log_mix = y.change + y.rest;
-    value = y.terms;
-    u = -q * (detach ? log_mix : log_mix - y.change / m.share * w);
-  } else if (KIND == JSD || KIND == GENERALIZED_JSD) {
+    return {y.terms, q, detach ? -log_mix : y.change / m.share * w - log_mix};
+  }
+  if (KIND == JSD || KIND == GENERALIZED_JSD) {
     if (KIND == JSD) w = 0.5f;
     const Mixture<F> m = mixture(x, w);
     const Toward<F> y = from_student(x, m);
-    value = KIND == JSD ? jsd_factor(x.u, x.ratio) * 0.5f
-                        : from_teacher(x, m).terms * w + y.terms * (1.0f - w);
-    u = q * (w - 1.0f) * (y.change + y.rest);
+    const F value = KIND == JSD ? jsd_factor(x.u, x.ratio * JSD_SCALE) * (0.5f / JSD_SCALE)
+                                : from_teacher(x, m).terms * w + y.terms * (1.0f - w);
+    return {value, q, (y.change + y.rest) * (w - 1.0f)};
   }
-  return {value * x.larger, u * x.larger, q * x.larger};
+  return {zero, q, zero};
 }
 
 }  // namespace SWITCHKD_CAPABILITY

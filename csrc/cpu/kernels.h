@@ -59,9 +59,9 @@ struct Totals {
   float value, u;
 };
 
-// What is added to a gradient before it goes through the head: ce_weight (q - onehot(label)).
+// The gradient is scale (u - q total + ce_weight (q - onehot(label))) before it goes through a head.
 struct Upstream {
-  float scale, total;  // of the loss; sum u
+  float scale, total;  // total: sum u
   float ce_weight;
   int64_t label;  // -1: none
 };

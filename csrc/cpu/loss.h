@@ -75,11 +75,8 @@ SWITCHKD_INLINE PairBlock load_pair(const Pair& pair, const Comparison& by, int6
           less(by.start[1], logits, wide, buffers.from_start[1]), logits, count, wide};
 }
 
-// Of the entries from `i` on.
-template <int KIND>
-SWITCHKD_INLINE Term<Vec> terms(const PairBlock& z, int i, const Comparison& by, const Loss& loss) {
-  const Entry<Vec> x = compare(load(z.teacher + i), load(z.student + i), by.shift);
-  return divergence_terms<KIND>(x, loss.weight, loss.detach);
+SWITCHKD_INLINE Entry<Twin> compare(const PairBlock& z, int i, const Shift& by) {
+  return compare(load_twin(z.teacher + i), load_twin(z.student + i), by);
 }
 
 // The loss, and sum u, which the gradient takes off.
@@ -92,38 +89,39 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
     for (int64_t first = start; first < end; first += BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
       for (int group = 0; group < z.wide; group += GROUP) {
-        Vec values = Vec(0.0f), us = Vec(0.0f);
+        Twin values = Twin(0.0f), us = Twin(0.0f);
         // u shares its logarithms with the value of every kind but one. The same code with a
         // gradient to come and without also gives the same value to the last bit.
-        for (int i = group; i < group + GROUP; i += LANES) {
-          const Term<Vec> term = terms<kind.value>(z, i, by, loss);
-          values = values + term.value;
-          if (needs_u || kind.value != JSD) us = us + term.u;
+        for (int i = group; i < group + GROUP; i += 2 * LANES) {
+          const Entry<Twin> x = compare(z, i, by.shift);
+          const auto term = divergence_terms<kind.value>(x, loss.weight, loss.detach);
+          values = values + term.value * x.larger;
+          if (needs_u || kind.value != JSD) us = us + u_of<kind.value>(term) * x.larger;
         }
-        value.add(values);
-        u.add(us);
+        value.add(values.a + values.b);
+        u.add(us.a + us.b);
       }
     }
   });
-  return {value.result() * by.shift.teacher_inverse, sum(u.total) * by.shift.teacher_inverse};
+  return {value.result(), sum(u.total)};
 }
 
 void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Upstream& upstream,
               const Logits& out, int64_t row, int64_t start, int64_t end) {
   const Comparison by = comparison_of(pair, models);
-  const float scale = upstream.scale * by.shift.teacher_inverse;
-  const float of_q = upstream.ce_weight * by.shift.teacher_inverse - upstream.total * scale;
+  const float of_q = upstream.ce_weight - upstream.total;
   for_kind(loss.kind, [&](auto kind) {
     PairBuffers buffers;
     float grads[BLOCK];
     for (int64_t first = start; first < end; first += BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
-      for (int i = 0; i < z.wide; i += LANES) {
-        const Term<Vec> term = terms<kind.value>(z, i, by, loss);
-        store(grads + i, term.u * scale + term.q * of_q);
+      for (int i = 0; i < z.wide; i += 2 * LANES) {
+        const Entry<Twin> x = compare(z, i, by.shift);
+        const auto term = divergence_terms<kind.value>(x, loss.weight, loss.detach);
+        store(grads + i, (term.q * of_q + u_of<kind.value>(term)) * (x.larger * upstream.scale));
       }
       const int64_t label = upstream.label - first;
-      if (label >= 0 && label < z.count) grads[label] -= upstream.ce_weight;
+      if (label >= 0 && label < z.count) grads[label] -= upstream.scale * upstream.ce_weight;
       if (pair.cap != 0.0f) {
         for (int i = 0; i < z.wide; i += LANES) {
           Vec slope = load(z.logits + i) / Vec(pair.cap);

@@ -226,14 +226,14 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
         const Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
         block = block + kl_teacher_student(x) * x.larger;
       }
-      total.add(block * shift.teacher_inverse);
+      total.add(block);
     } else {
       Twin block = Twin(0.0f);
       for (int i = 0; i < wide; i += 2 * LANES) {
         const Twin t = load_twin(teacher + i), z = load_twin(student + i);
         block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
       }
-      total.add((block.a + block.b) * (0.5f / EXP_SCALE * shift.teacher_inverse));
+      total.add((block.a + block.b) * (0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse));
     }
   }
   return metric == RANK ? static_cast<float>(above) : total.result();

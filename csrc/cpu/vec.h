@@ -105,6 +105,7 @@ SWITCHKD_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
 // Two registers that go through the same steps, so that one does not wait for its last result.
 struct Twin {
   Vec a, b;
+  SWITCHKD_INLINE Twin() {}
   SWITCHKD_INLINE Twin(Vec a, Vec b) : a(a), b(b) {}
   SWITCHKD_INLINE Twin(float x) : a(x), b(x) {}
 };
@@ -115,11 +116,14 @@ struct TwinMask {
 SWITCHKD_INLINE Twin operator+(Twin x, Twin y) { return {x.a + y.a, x.b + y.b}; }
 SWITCHKD_INLINE Twin operator-(Twin x, Twin y) { return {x.a - y.a, x.b - y.b}; }
 SWITCHKD_INLINE Twin operator*(Twin x, Twin y) { return {x.a * y.a, x.b * y.b}; }
+SWITCHKD_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
 SWITCHKD_INLINE Twin operator-(Twin x) { return {-x.a, -x.b}; }
 SWITCHKD_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
 SWITCHKD_INLINE Twin min(Twin x, Twin y) { return {min(x.a, y.a), min(x.b, y.b)}; }
 SWITCHKD_INLINE Twin max(Twin x, Twin y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 SWITCHKD_INLINE TwinMask operator<(Twin x, Twin y) { return {x.a < y.a, x.b < y.b}; }
+SWITCHKD_INLINE TwinMask operator>(Twin x, Twin y) { return y < x; }
+SWITCHKD_INLINE TwinMask operator==(Twin x, Twin y) { return {x.a == y.a, x.b == y.b}; }
 SWITCHKD_INLINE Twin select(TwinMask where, Twin x, Twin y) {
   return {select(where.a, x.a, y.a), select(where.b, x.b, y.b)};
 }
@@ -135,6 +139,10 @@ SWITCHKD_INLINE Vec load(const float* from) {
 SWITCHKD_INLINE Twin load_twin(const float* from) { return {load(from), load(from + LANES)}; }
 
 SWITCHKD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x.v, sizeof x.v); }
+SWITCHKD_INLINE void store(float* to, Twin x) {
+  store(to, x.a);
+  store(to + LANES, x.b);
+}
 
 SWITCHKD_INLINE Vec load_bfloat16(const uint16_t* from) {
   Halves half;
@@ -199,23 +207,31 @@ SWITCHKD_INLINE Vec power_of_two(Vec shifted) {
   return (Floats)(((Bits)shifted.v << 23) + 0x3F800000u);
 }
 
+SWITCHKD_INLINE Twin power_of_two(Twin shifted) {
+  return {power_of_two(shifted.a), power_of_two(shifted.b)};
+}
+
 SWITCHKD_INLINE Split<Vec> split(Vec w) {
   const Ints power = ((Ints)w.v - 0x3F3504F3) & -0x800000;
   return {to_float((Bits)power), Vec((Floats)((Ints)w.v - power)) - 1.0f};
 }
+SWITCHKD_INLINE Split<Twin> split(Twin w) {
+  const Split<Vec> a = split(w.a), b = split(w.b);
+  return {{a.power, b.power}, {a.f, b.f}};
+}
 
-// e^x to 2 ulp for -87 <= x <= 88 (4 ulp at the ends); anything else beyond. x = n ln 2 + r,
+// scale e^x to 2 ulp for -87 <= x <= 88 (4 ulp at the ends); anything else beyond. x = n ln 2 + r,
 // |r| <= ln(2) / 2, n by the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P of degree
 // 3 by minimax (1.05e-7 of e^r).
 template <class F>
-SWITCHKD_INLINE F exp_in_range(F x) {
+SWITCHKD_INLINE F exp_in_range(F x, float scale = 1.0f) {
   F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
   F r = without(x, n);
-  F s = r * 8.3125175231e-3f + 4.1890203583e-2f;
-  s = r * s + 1.6667114821e-1f;
-  s = r * s + 4.9999231170e-1f;
-  s = r * s + 1.0f;
-  s = r * s + 1.0f;
+  F s = r * (8.3125175231e-3f * scale) + 4.1890203583e-2f * scale;
+  s = r * s + 1.6667114821e-1f * scale;
+  s = r * s + 4.9999231170e-1f * scale;
+  s = r * s + scale;
+  s = r * s + scale;
   return scaled(s, shifted);
 }
 

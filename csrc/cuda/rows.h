@@ -248,8 +248,7 @@ SWITCHKD_DEVICE float measure(const Selection& how, const Tiles& tiles, const Sh
     else if (how.metric == KL) sum += measure_tile<KL, T, S>(tiles, tile, slot, verdict);
     else sum += measure_tile<JSD_NATS, T, S>(tiles, tile, slot, verdict);
   });
-  if (how.metric == RANK) return sum;
-  return sum * (verdict.shift.teacher_inverse * (how.metric == JSD_NATS ? 0.5f : 1.0f));
+  return how.metric == JSD_NATS ? sum * (0.5f / JSD_SCALE * verdict.shift.teacher_inverse) : sum;
 }
 
 // Who writes, and what, from the sum of all terms. By one thread.
