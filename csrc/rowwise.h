@@ -304,52 +304,56 @@ SWITCHKD_HOST_DEVICE F kl_teacher_student(const Entry<F>& x) {
   return by_larger(x, kl_from_larger(x), kl_from_smaller(x));
 }
 
-// m = w p + (1 - w) q, by m / max(p, q) = 1 + drop, and log(1 + drop) - drop.
+// m = a p + b q, a + b = 1, by m / max(p, q) = 1 + drop, and log(1 + drop) - drop.
 template <class F>
 struct Mixture {
-  float w;
-  F share, drop, bend;
+  float a, b;
+  F share, bend;
 };
 
 // Where 1 + drop is near 1, what rounding took from it does not enter its logarithm.
 template <class F>
-SWITCHKD_HOST_DEVICE Mixture<F> mixture(const Entry<F>& x, float w) {
-  F of_larger = by_larger(x, F(w), F(1.0f - w)), of_smaller = by_larger(x, F(1.0f - w), F(w));
+SWITCHKD_HOST_DEVICE Mixture<F> mixture(const Entry<F>& x, float a, float b) {
+  F of_larger = by_larger(x, F(a), F(b)), of_smaller = by_larger(x, F(b), F(a));
   F drop = of_smaller * x.drop, share = of_smaller * x.ratio + of_larger;
   Split<F> parts = split(share);
   F f = select(parts.power == F(0.0f), drop, parts.f);
-  return {w, share, drop, log_bend(f) + (parts.power * (LN2 / 8388608.0f) + (f - drop))};
+  return {a, b, share, log_bend(f) + (parts.power * (LN2 / 8388608.0f) + (f - drop))};
 }
 
-// From y, p or q, to m: log(m / y) = change + rest with change = (m - y) / max(p, q), and terms
-// m - y - y log(m / y) >= 0 of KL(y||m), over max(p, q).
+// From y, p or q, to m: (m - y) / max(p, q), log(m / y), and the terms m - y - y log(m / y) >= 0 of
+// KL(y||m), over max(p, q).
 template <class F>
 struct Toward {
-  F change, rest, terms;
+  F change, log, terms;
 };
 
-// y over max(p, q), and what Entry has of it where it is the smaller, else 0.
-template <class F>
-SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F drop, F bend, float own, const Mixture<F>& m) {
-  F change = m.drop - drop, rest = bend + m.bend, terms = -(drop * change) - y * rest;
-  if (own > 0.5f) {  // what is left of these terms falls with (1 - own)^2: y (r - log(1 + r))
-    F r = drop * (own - 1.0f) / y;
-    F near = select(F(0.0f) < r, -y * log_bend(r), terms);
-    terms = select(r < F(0.41f), near, terms);
+// y over max(p, q); what Entry has of it where it is the smaller, else 0; the weight of the other,
+// negative where y is the smaller.
+template <bool NEARER, class F>
+SWITCHKD_HOST_DEVICE Toward<F> toward(F y, F drop, F bend, F other, const Entry<F>& x,
+                                      const Mixture<F>& m) {
+  F change = other * x.drop, rest = bend + m.bend;
+  Toward<F> to = {change, change + rest, -(drop * change) - y * rest};
+  if (NEARER) {  // m to y than to the other: r = m / y - 1 falls with the other's weight
+    F r = change / y, bent = log_bend(r);
+    auto near = r < F(0.41f), grows = F(0.0f) < r;
+    to.log = select(near, select(grows, r + bent, to.log), to.log);
+    to.terms = select(near, select(grows, -y * bent, to.terms), to.terms);
   }
-  return {change, rest, terms};
+  return to;
 }
-template <class F>
+template <bool NEARER, class F>
 SWITCHKD_HOST_DEVICE Toward<F> from_teacher(const Entry<F>& x, const Mixture<F>& m) {
   const F zero = F(0.0f);
-  return toward(by_larger(x, F(1.0f), x.ratio), by_larger(x, zero, x.drop),
-                by_larger(x, zero, x.bend), m.w, m);
+  return toward<NEARER>(by_larger(x, F(1.0f), x.ratio), by_larger(x, zero, x.drop),
+                        by_larger(x, zero, x.bend), by_larger(x, F(m.b), F(-m.b)), x, m);
 }
-template <class F>
+template <bool NEARER, class F>
 SWITCHKD_HOST_DEVICE Toward<F> from_student(const Entry<F>& x, const Mixture<F>& m) {
   const F zero = F(0.0f);
-  return toward(by_larger(x, x.ratio, F(1.0f)), by_larger(x, x.drop, zero),
-                by_larger(x, x.bend, zero), 1.0f - m.w, m);
+  return toward<NEARER>(by_larger(x, x.ratio, F(1.0f)), by_larger(x, x.drop, zero),
+                        by_larger(x, x.bend, zero), by_larger(x, F(-m.a), F(m.a)), x, m);
 }
 
 enum Kind : int {
@@ -376,8 +380,8 @@ SWITCHKD_HOST_DEVICE F u_of(const Term<F>& x) {
 }
 
 // Terms of rowwise.values and u of rowwise.gradients, which share their logarithms. For KL(p||q) u
-// is q - p, the gradient itself: the sum that is taken off is 0 but for rounding.
-template <int KIND, class F>
+// is q - p, the gradient itself: the sum that is taken off is 0 but for rounding. HEAVY: w > 1/2.
+template <int KIND, bool HEAVY, class F>
 SWITCHKD_HOST_DEVICE Term<F> divergence_terms(const Entry<F>& x, float w, bool detach) {
   const F zero = F(0.0f), q = by_larger(x, x.ratio, F(1.0f));
   if (KIND == KL_TEACHER_STUDENT)
@@ -389,23 +393,21 @@ SWITCHKD_HOST_DEVICE Term<F> divergence_terms(const Entry<F>& x, float w, bool d
     return {x.drop * -0.5f, q, select(x.u > zero, sign, zero)};
   }
   if (KIND == SKEW_KL) {
-    const Mixture<F> m = mixture(x, w);
-    const Toward<F> p = from_teacher(x, m);
-    return {p.terms, q, p.change / m.share * (1.0f - w)};
+    const Mixture<F> m = mixture(x, w, 1.0f - w);
+    const Toward<F> p = from_teacher<HEAVY>(x, m);
+    return {p.terms, q, p.change / m.share * m.b};
   }
   if (KIND == SKEW_REVERSE_KL) {
-    const Mixture<F> m = mixture(x, 1.0f - w);
-    const Toward<F> y = from_student(x, m);
-    const F log_mix = y.change + y.rest;
-    return {y.terms, q, detach ? -log_mix : y.change / m.share * w - log_mix};
+    const Mixture<F> m = mixture(x, 1.0f - w, w);
+    const Toward<F> y = from_student<HEAVY>(x, m);
+    return {y.terms, q, detach ? -y.log : y.change / m.share * w - y.log};
   }
   if (KIND == JSD || KIND == GENERALIZED_JSD) {
-    if (KIND == JSD) w = 0.5f;
-    const Mixture<F> m = mixture(x, w);
-    const Toward<F> y = from_student(x, m);
+    const Mixture<F> m = KIND == JSD ? mixture(x, 0.5f, 0.5f) : mixture(x, w, 1.0f - w);
+    const Toward<F> y = from_student<KIND != JSD && !HEAVY>(x, m);
     const F value = KIND == JSD ? jsd_factor(x.u, x.ratio * JSD_SCALE) * (0.5f / JSD_SCALE)
-                                : from_teacher(x, m).terms * w + y.terms * (1.0f - w);
-    return {value, q, (y.change + y.rest) * (w - 1.0f)};
+                                : from_teacher<HEAVY>(x, m).terms * m.a + y.terms * m.b;
+    return {value, q, -y.log * m.b};
   }
   return {zero, q, zero};
 }

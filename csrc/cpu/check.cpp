@@ -136,39 +136,86 @@ void drive(int64_t vocab, int64_t offset, bool bfloat16, float hole) {
   expect(scans[0].total == 0.0f, "total of nothing", scans[0].total);
 }
 
+// Of one pair of entries with logarithms a and b of probabilities.
+Entry<float> entry(double a, double b) {
+  return compare(static_cast<float>(a), static_cast<float>(b), Shift{0, 0, 0, 0, 1, 1});
+}
+
+// y - x - x log(y / x), of KL(x||y), by its series where it cancels.
+double kl(double x, double y) {
+  const double r = y / x - 1;
+  if (std::fabs(r) < 1e-3) return x * r * r * (0.5 - r / 3 + r * r / 4 - r * r * r / 5);
+  return y - x - x * std::log(y / x);
+}
+
+// Every kind against the same in double precision.
+template <bool HEAVY>
+void drive_kinds(double log_p, double log_q, float w) {
+  const Entry<float> x = entry(log_p, log_q);
+  const double p = std::exp(static_cast<double>(static_cast<float>(log_p)));
+  const double q = std::exp(static_cast<double>(static_cast<float>(log_q)));
+  auto check = [&](const Term<float>& got, double u, double value, double slope, const char* what) {
+    expect(near(got.value * x.larger, value, 2e-6), what, got.value * x.larger / value - 1);
+    expect(near(got.q * x.larger, q, 2e-6), "q", log_q);
+    expect(std::fabs(u - slope) <= 2e-6 * std::fabs(slope) + 1e-30, what, u / slope - 1);
+  };
+  auto sloped = [&](const Term<float>& got, double value, double slope, const char* what) {
+    check(got, got.slope, value, slope, what);
+  };
+  const Term<float> forward = divergence_terms<KL_TEACHER_STUDENT, HEAVY>(x, w, false);
+  check(forward, u_of<KL_TEACHER_STUDENT>(forward) * x.larger, kl(p, q), q - p, "KL(p||q)");
+  const double d = static_cast<double>(static_cast<float>(log_q)) - static_cast<float>(log_p);
+  sloped(divergence_terms<KL_STUDENT_TEACHER, HEAVY>(x, w, false), kl(q, p), d, "KL(q||p)");
+  const double sign = q > p ? 0.5 : q < p ? -0.5 : 0.0;
+  sloped(divergence_terms<TVD, HEAVY>(x, w, false), std::fabs(q - p) / 2, sign, "TVD");
+  const double v = w, half = (p + q) / 2;
+  double m = v * p + (1 - v) * q;
+  // log(m / q) and 1 - y / m, by what p and q have apart
+  auto log_to_q = [&](double of_p) { return std::log1p(of_p * std::expm1(-d)); };
+  sloped(divergence_terms<SKEW_KL, HEAVY>(x, w, false), kl(p, m), (1 - v) * (1 - v) * (q - p) / m, "SKL");
+  sloped(divergence_terms<GENERALIZED_JSD, HEAVY>(x, w, false), v * kl(p, m) + (1 - v) * kl(q, m),
+         (v - 1) * log_to_q(v), "generalised JSD");
+  m = (1 - v) * p + v * q;
+  const double mix = log_to_q(1 - v);
+  sloped(divergence_terms<SKEW_REVERSE_KL, HEAVY>(x, w, true), kl(q, m), -mix, "SRKL, detached");
+  const Term<float> srkl = divergence_terms<SKEW_REVERSE_KL, HEAVY>(x, w, false);
+  const double slope = v * (1 - v) * (p - q) / m - mix;  // both parts fall with d
+  expect(std::fabs(srkl.slope - slope) <= 2e-6 * (std::fabs(mix) + 1e-30), "SRKL", srkl.slope);
+  sloped(divergence_terms<JSD, HEAVY>(x, w, false), (kl(p, half) + kl(q, half)) / 2,
+         -0.5 * log_to_q(0.5), "JSD");
+}
+
 // rowwise.h in scalars, as a CUDA thread has it.
 void drive_terms() {
-  for (int i = 0; i < 400; ++i) {
-    const float x = -80.0f + 0.4f * static_cast<float>(i) * (i % 2 ? 0.5f : 0.001f);
-    expect(near(expm1(x), std::expm1(static_cast<double>(x)), 4e-7), "expm1", x);
-    if (x > -1.0f) expect(near(log1p(x), std::log1p(static_cast<double>(x)), 4e-7), "log1p", x);
+  for (double d : {0.0, 1e-6, -1e-3, 0.02, -0.3, 0.49, -0.51, 0.99, 1.01, -3.0, 8.0, -40.0, 80.0})
+    for (float w : {0.001f, 0.06f, 0.3f, 0.5f, 0.9f, 0.999f})
+      (w > 0.5f ? drive_kinds<true> : drive_kinds<false>)(
+          d > 0 ? -2.0 - d : -2.0, d > 0 ? -2.0 : -2.0 + d, w);
+  for (int i = 1; i < 400; ++i) {
+    const float x = 0.001f * static_cast<float>(i), y = -0.2f * static_cast<float>(i % 300);
+    const Split<float> parts = split(x);
+    const double log = parts.power * (std::log(2.0) / 8388608) + parts.f + log_bend(parts.f);
+    expect(near(log, std::log(static_cast<double>(x)), 1e-6), "logarithm", x);
+    const Power<float> e = power(y);
+    expect(near(e.scale * (1 + e.r + e.bend), std::exp(static_cast<double>(y)), 4e-7), "power", y);
   }
-  for (double d : {0.0, 1e-6, -1e-3, 0.49, -0.51, 0.99, 1.01, -3.0, 40.0, -90.0}) {
-    const double p = 1e-3, q = p * std::exp(d), w = 0.3;
-    const Entry<float> x{static_cast<float>(p), static_cast<float>(q), static_cast<float>(d)};
-    const double e = std::expm1(d), m = (p + q) / 2;
-    const double exact[] = {q - p - p * d, p - q + q * d};
-    if (std::fabs(d) > 0.4 && q > 0 && q < 1e30) {
-      expect(near(kl_terms(x.p, x.q, x.d), exact[0], 1e-5), "KL(p||q)", d);
-      expect(near(kl_terms(x.q, x.p, -x.d), exact[1], 1e-5), "KL(q||p)", d);
-      const double jsd = (p * std::log(p / m) + q * std::log(q / m)) / 2;
-      expect(near(jsd_terms(max(x.p, x.q), x.d), jsd, 1e-5), "JSD", d);
-    }
-    expect(near(difference(x), p * e, 1e-4), "q - p", d);
-    expect(near(log_mix(x.d, 0.3f), std::log1p((1 - w) * e), 1e-5), "log mixture", d);
+  const Entry<float> nothing = entry(-INFINITY, -INFINITY);
+  const Entry<float> only_p = entry(-1.0, -INFINITY), only_q = entry(-INFINITY, -1.0);
+  const float p = std::exp(-1.0f);
+  expect(nothing.larger < 1e-37f && nothing.u == 0.0f, "nothing", nothing.larger);
+  expect(divergence_terms<KL_TEACHER_STUDENT, false>(nothing, 0.0f, false).value == 0.0f, "its KL", 0);
+  expect(divergence_terms<KL_TEACHER_STUDENT, false>(only_p, 0.0f, false).value == INFINITY, "KL of p", 0);
+  expect(divergence_terms<KL_STUDENT_TEACHER, false>(only_q, 0.0f, false).value == INFINITY, "KL of q", 0);
+  for (const Entry<float>& x : {only_p, only_q}) {
+    expect(near(x.larger, p, 1e-6), "the larger", x.larger);
+    const Term<float> jsd = divergence_terms<JSD, false>(x, 0.5f, false);
+    expect(near(jsd.value * x.larger, p * std::log(2.0) / 2, 1e-6), "JSD of one alone", jsd.value);
+    const Term<float> srkl = divergence_terms<SKEW_REVERSE_KL, false>(x, 0.1f, false);
+    const double alone = x.teacher ? 0.9 : -0.9 - std::log(0.1);
+    expect(near(srkl.value, alone, 1e-6), "SRKL of one alone", srkl.value);
+    expect(std::isfinite(u_of<SKEW_REVERSE_KL>(srkl)), "its u", srkl.slope);
   }
-  const Entry<float> nothing{0.0f, 0.0f, 0.0f}, only_p{0.5f, 0.0f, -INFINITY};
-  const Entry<float> only_q{0.0f, 0.5f, INFINITY};
-  expect(jsd_terms(0.0f, 0.0f) == 0.0f, "JSD of nothing", 0);
-  expect(jsd_terms(0.5f, static_cast<float>(NAN)) == 0.0f, "JSD where d is undefined", 0);
-  expect(kl_terms(0.0f, 0.0f, 0.0f) == 0.0f, "KL of nothing", 0);
-  expect(near(jsd_terms(0.5f, only_p.d), 0.25 * std::log(2.0), 1e-6), "JSD of p alone", 0);
-  expect(near(jsd_terms(0.5f, only_q.d), 0.25 * std::log(2.0), 1e-6), "JSD of q alone", 0);
-  expect(kl_terms(0.5f, 0.0f, -INFINITY) == INFINITY, "KL where y alone is 0", 0);
-  expect(kl_terms(0.0f, 0.5f, INFINITY) == 0.5f, "KL where x is 0", 0);
-  expect(near(log_mix(-INFINITY, 0.3f), std::log(0.3), 1e-6), "log mixture of p alone", 0);
-  expect(divergence_terms<TVD>(only_q, 0.0f, false).value == 0.25f, "TVD of q alone", 0);
-  expect(divergence_terms<SKEW_KL>(nothing, 0.1f, false).u == 0.0f, "u of nothing", 0);
+  expect(jsd_factor(static_cast<float>(NAN)) == 0.0f, "JSD where d is undefined", 0);
   expect(near(soft_cap(-30.0f, 5.0f), 5 * std::tanh(-6.0), 1e-6), "soft cap", 0);
   expect(soft_cap(-INFINITY, 5.0f) == -5.0f, "soft cap of -inf", soft_cap(-INFINITY, 5.0f));
   expect(gumbel(0) < GUMBEL_MAX && gumbel(~0u) > -4.0f, "Gumbel noise", gumbel(0));

@@ -6,27 +6,35 @@
 namespace switchkd {
 inline namespace SWITCHKD_CAPABILITY {
 
-template <int KIND>
-struct KindIs {
-  static constexpr int value = KIND;
+template <int KIND, bool HEAVY>
+struct Form {
+  static constexpr int kind = KIND;
+  static SWITCHKD_INLINE Term<Twin> terms(const Entry<Twin>& x, const Loss& loss) {
+    return divergence_terms<KIND, HEAVY>(x, loss.weight, loss.detach);
+  }
 };
 
-// Calls `with` with the kind as a constant.
+// Calls `with` with the kind of loss, and on which side of 1/2 its weight is, as constants.
 template <class Call>
-SWITCHKD_INLINE void for_kind(int kind, Call with) {
-  switch (kind) {
+SWITCHKD_INLINE void for_form(const Loss& loss, Call with) {
+  const bool heavy = loss.weight > 0.5f;
+  switch (loss.kind) {
 #define SWITCHKD_CASE(KIND) \
   case KIND:                \
-    return with(KindIs<KIND>())
+    return with(Form<KIND, false>())
+#define SWITCHKD_MIXTURE(KIND) \
+  case KIND:                   \
+    return heavy ? with(Form<KIND, true>()) : with(Form<KIND, false>())
     SWITCHKD_CASE(KL_TEACHER_STUDENT);
     SWITCHKD_CASE(KL_STUDENT_TEACHER);
-    SWITCHKD_CASE(GENERALIZED_JSD);
-    SWITCHKD_CASE(SKEW_KL);
-    SWITCHKD_CASE(SKEW_REVERSE_KL);
+    SWITCHKD_MIXTURE(GENERALIZED_JSD);
+    SWITCHKD_MIXTURE(SKEW_KL);
+    SWITCHKD_MIXTURE(SKEW_REVERSE_KL);
     SWITCHKD_CASE(TVD);
     SWITCHKD_CASE(JSD);
     SWITCHKD_CASE(CROSS_ENTROPY);
 #undef SWITCHKD_CASE
+#undef SWITCHKD_MIXTURE
   }
 }
 
@@ -84,9 +92,9 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
               int64_t start, int64_t end) {
   const Comparison by = comparison_of(pair, models);
   Sum value, u;
-  for_kind(loss.kind, [&](auto kind) {
+  for_form(loss, [&](auto form) {
     PairBuffers buffers;
-    for (int64_t first = start; first < end; first += BLOCK) {
+    for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
       for (int group = 0; group < z.wide; group += GROUP) {
         Twin values = Twin(0.0f), us = Twin(0.0f);
@@ -94,31 +102,31 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
         // gradient to come and without also gives the same value to the last bit.
         for (int i = group; i < group + GROUP; i += 2 * LANES) {
           const Entry<Twin> x = compare(z, i, by.shift);
-          const auto term = divergence_terms<kind.value>(x, loss.weight, loss.detach);
+          const Term<Twin> term = form.terms(x, loss);
           values = values + term.value * x.larger;
-          if (needs_u || kind.value != JSD) us = us + u_of<kind.value>(term) * x.larger;
+          if (needs_u || form.kind != JSD) us = us + u_of<form.kind>(term) * x.larger;
         }
         value.add(values.a + values.b);
         u.add(us.a + us.b);
       }
     }
   });
-  return {value.result(), sum(u.total)};
+  return {value.positive(), u.result()};
 }
 
 void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Upstream& upstream,
               const Logits& out, int64_t row, int64_t start, int64_t end) {
   const Comparison by = comparison_of(pair, models);
   const float of_q = upstream.ce_weight - upstream.total;
-  for_kind(loss.kind, [&](auto kind) {
+  for_form(loss, [&](auto form) {
     PairBuffers buffers;
     float grads[BLOCK];
     for (int64_t first = start; first < end; first += BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
       for (int i = 0; i < z.wide; i += 2 * LANES) {
         const Entry<Twin> x = compare(z, i, by.shift);
-        const auto term = divergence_terms<kind.value>(x, loss.weight, loss.detach);
-        store(grads + i, (term.q * of_q + u_of<kind.value>(term)) * (x.larger * upstream.scale));
+        const Term<Twin> term = form.terms(x, loss);
+        store(grads + i, (term.q * of_q + u_of<form.kind>(term)) * (x.larger * upstream.scale));
       }
       const int64_t label = upstream.label - first;
       if (label >= 0 && label < z.count) grads[label] -= upstream.scale * upstream.ce_weight;

@@ -13,6 +13,11 @@ SWITCHKD_INLINE int padded(int64_t count) {
   return static_cast<int>((count + GROUP - 1) / GROUP * GROUP);
 }
 
+// A second sweep goes from the last block to the first: what the cache holds of a long row is its end.
+SWITCHKD_INLINE int64_t last_block(int64_t start, int64_t end) {
+  return start + (end - start - 1) / BLOCK * BLOCK;
+}
+
 // `count` logits from column `first`, in place where they are floats and fill the block, else in
 // `buffer`, -inf up to the end of the last group.
 SWITCHKD_INLINE const float* load_block(

@@ -210,7 +210,7 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
   const Shift shift = shift_of(models);
   Sum total;
   int64_t above = 0;
-  for (int64_t first = start; first < end; first += BLOCK) {
+  for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
     const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
     const int wide = padded(count);
     const float* teacher = load_logits(pair, 0, row, first, count, buffers[0]);
@@ -236,7 +236,7 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
       total.add((block.a + block.b) * (0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse));
     }
   }
-  return metric == RANK ? static_cast<float>(above) : total.result();
+  return metric == RANK ? static_cast<float>(above) : total.positive();
 }
 
 float logit(const Pair& pair, int model, int64_t row, int64_t token) {

@@ -184,9 +184,17 @@ struct Sum {
     lost = (next - total) - y;
     total = next;
   }
-  // Of terms none of which is NaN or -inf: an infinite one has left NaN.
   SWITCHKD_INLINE float result() const {
-    const float all = sum(total);
+    float totals[LANES], losses[LANES];
+    store(totals, total);
+    store(losses, lost);
+    double all = 0.0;
+    for (int i = 0; i < LANES; ++i) all += static_cast<double>(totals[i]) - losses[i];
+    return static_cast<float>(all);
+  }
+  // Of terms none of which is NaN or -inf: an infinite one has left NaN.
+  SWITCHKD_INLINE float positive() const {
+    const float all = result();
     return all == all ? all : INFINITY;
   }
 };
