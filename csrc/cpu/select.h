@@ -221,19 +221,24 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
     }
     const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
     if (metric == KL) {
-      Vec block = Vec(0.0f);
-      for (int i = 0; i < wide; i += LANES) {
-        const Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
-        block = block + kl_teacher_student(x) * x.larger;
+      for (int group = 0; group < wide; group += GROUP) {
+        Vec terms = Vec(0.0f);
+        for (int i = group; i < group + GROUP; i += LANES) {
+          const Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
+          terms = terms + kl_teacher_student(x) * x.larger;
+        }
+        total.add(terms);
       }
-      total.add(block);
     } else {
-      Twin block = Twin(0.0f);
-      for (int i = 0; i < wide; i += 2 * LANES) {
-        const Twin t = load_twin(teacher + i), z = load_twin(student + i);
-        block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
+      for (int run = 0; run < wide; run += 32 * LANES) {  // the sum of more would round too often
+        Twin block = Twin(0.0f);
+        for (int i = run; i < wide && i < run + 32 * LANES; i += 2 * LANES) {
+          const Twin t = load_twin(teacher + i), z = load_twin(student + i);
+          block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
+        }
+        const float of_factors = 0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse;
+        total.add((block.a + block.b) * of_factors);
       }
-      total.add((block.a + block.b) * (0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse));
     }
   }
   return metric == RANK ? static_cast<float>(above) : total.positive();
