@@ -23,7 +23,8 @@ TORCH_LIBRARY(switchkd_native, library) {
       "int top_k, float top_p, float min_p, int vocab_size, int stream) -> Tensor");
   library.def(
       "divergence(Tensor teacher, Tensor student, Tensor? mask, int kind, float weight, "
-      "bool detach, int vocab_size, bool needs_grad) -> (Tensor, Tensor)");
+      "bool detach, int vocab_size, bool needs_grad, bool needs_unit) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
       "divergence_backward(Tensor upstream, Tensor teacher, Tensor student, Tensor? mask, "
       "Tensor saved, int kind, float weight, bool detach, int vocab_size) -> Tensor");

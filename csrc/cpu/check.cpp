@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 #include "kernels.h"
 #include "../rowwise.h"
@@ -117,10 +118,17 @@ void drive(int64_t vocab, int64_t offset, bool bfloat16, float hole) {
     }
     for (int kind = 0; kind < KINDS; ++kind) {
       const Loss loss{kind, 0.3f, false};
-      const Totals sums = run.totals(pair, scans, loss, true, row, 0, vocab);
+      std::vector<float> unit(vocab);
+      const Totals sums = run.totals(pair, scans, loss, true, unit.data(), row, 0, vocab);
+      run.unit_gradient(pair, scans[1], loss, sums.u, unit.data(), row, 0, vocab);
       expect(sums.value >= 0.0f, "loss", sums.value);
       const Upstream upstream{1.0f, sums.u, 0.5f, vocab - 1};
       run.gradient(pair, scans, loss, upstream, out.logits(), row, 0, vocab);
+      if (bfloat16) continue;
+      const Upstream plain{1.0f, sums.u, 0.0f, -1};
+      run.gradient(pair, scans, loss, plain, out.logits(), row, 0, vocab);
+      for (int64_t i = 0; i < vocab; ++i)
+        expect(std::fabs(unit[i] - out.get(row, i)) < 1e-6, "gradient in one go", unit[i]);
     }
   }
   for (float bad : {static_cast<float>(NAN), static_cast<float>(INFINITY)}) {

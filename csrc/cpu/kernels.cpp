@@ -6,8 +6,8 @@
 namespace switchkd {
 inline namespace SWITCHKD_CAPABILITY {
 
-extern const Kernels KERNELS = {scan, measure, filtered_token, totals, gradient, logit,
-                                linear_rows, linear_columns};
+extern const Kernels KERNELS = {scan, measure, filtered_token, totals, unit_gradient,
+                                gradient, logit, linear_rows, linear_columns};
 
 }  // namespace SWITCHKD_CAPABILITY
 }  // namespace switchkd

@@ -78,8 +78,12 @@ struct Kernels {
   float (*measure)(const Pair&, const Scan[2], Metric, float rival, int64_t row, int64_t start,
                    int64_t end);
   int64_t (*filtered_token)(const Pair&, Sampling, const Filter&, int64_t row);
-  Totals (*totals)(const Pair&, const Scan[2], const Loss&, bool needs_u, int64_t row,
-                   int64_t start, int64_t end);
+  // The loss and sum u; `slopes` of the row, where it is not null, for unit_gradient.
+  Totals (*totals)(const Pair&, const Scan[2], const Loss&, bool needs_u, float* slopes,
+                   int64_t row, int64_t start, int64_t end);
+  // Turns slopes into the gradient, `total` being sum u. For as long as the row is in the cache.
+  void (*unit_gradient)(const Pair&, const Scan& student, const Loss&, float total, float* slopes,
+                        int64_t row, int64_t start, int64_t end);
   // Writes the gradient to `out`, which may be the student's own logits.
   void (*gradient)(const Pair&, const Scan[2], const Loss&, const Upstream&, const Logits& out,
                    int64_t row, int64_t start, int64_t end);

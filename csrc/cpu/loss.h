@@ -88,12 +88,13 @@ SWITCHKD_INLINE Entry<Twin> compare(const PairBlock& z, int i, const Shift& by) 
 }
 
 // The loss, and sum u, which the gradient takes off.
-Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool needs_u, int64_t row,
-              int64_t start, int64_t end) {
+Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool needs_u, float* slopes,
+              int64_t row, int64_t start, int64_t end) {
   const Comparison by = comparison_of(pair, models);
   Sum value, u;
   for_form(loss, [&](auto form) {
     PairBuffers buffers;
+    float kept[BLOCK];
     for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
       for (int group = 0; group < z.wide; group += GROUP) {
@@ -104,14 +105,34 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
           const Entry<Twin> x = compare(z, i, by.shift);
           const Term<Twin> term = form.terms(x, loss);
           values = values + term.value * x.larger;
-          if (needs_u || form.kind != JSD) us = us + u_of<form.kind>(term) * x.larger;
+          if (!needs_u && form.kind == JSD) continue;
+          us = us + u_of<form.kind>(term) * x.larger;
+          store(kept + i, form.kind == KL_TEACHER_STUDENT ? term.slope * x.larger : term.slope);
         }
         value.add(values.a + values.b);
         u.add(us.a + us.b);
       }
+      if (slopes != nullptr) std::memcpy(slopes + first, kept, z.count * sizeof(float));
     }
   });
   return {value.positive(), u.result()};
+}
+
+void unit_gradient(const Pair& pair, const Scan& student, const Loss& loss, float total,
+                   float* slopes, int64_t row, int64_t start, int64_t end) {
+  const float inverse = 1.0f / student.total;
+  float buffer[BLOCK], grads[BLOCK];
+  for (int64_t first = start; first < end; first += BLOCK) {
+    const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
+    const float* z = load_logits(pair, 1, row, first, count, buffer);
+    std::memcpy(grads, slopes + first, count * sizeof(float));
+    for (int i = 0; i < padded(count); i += 2 * LANES) {
+      const Power<Twin> e = power(-min(student.top - load_twin(z + i), Twin(87.0f)));
+      const Twin q = (e.scale * (e.r + e.bend) + e.scale) * inverse, slope = load_twin(grads + i);
+      store(grads + i, loss.kind == KL_TEACHER_STUDENT ? slope - q * total : q * (slope - total));
+    }
+    std::memcpy(slopes + first, grads, count * sizeof(float));
+  }
 }
 
 void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Upstream& upstream,

@@ -25,17 +25,22 @@ float sum_u(const Totals* parts, int64_t slices) {
   return u;
 }
 
-// (M,) nats and (5, M) for backward: maximum and sum of the teacher's and student's softmax, sum u.
-// Masked rows are 0, undefined ones NaN.
-std::tuple<Tensor, Tensor> divergence(
+// (M,) nats; (5, M) for backward: maximum and sum of the teacher's and student's softmax, sum u; and
+// where asked for (M, V) floats, the gradient of each loss in its logits, made of a row while it is in
+// the cache. Masked rows are 0, undefined ones NaN.
+std::tuple<Tensor, Tensor, Tensor> divergence(
     const Tensor& teacher, const Tensor& student, const optional<Tensor>& mask, int64_t kind,
-    double weight, bool detach, int64_t vocab, bool needs_grad) {
+    double weight, bool detach, int64_t vocab, bool needs_grad, bool needs_unit) {
   const Pair pair = pair_of(teacher, student, vocab);
-  const int64_t rows = student.size(0);
+  const int64_t rows = student.size(0), width = student.size(1);
   const Loss form = loss_of(kind, weight, detach);
   const auto kept = mask ? per_row<bool>("mask", *mask, rows) : PerRow<bool>{};
   Tensor loss = at::empty({rows}, student.options().dtype(at::kFloat));
   Tensor saved = at::empty({5, rows}, loss.options());
+  Tensor unit = at::empty({needs_unit ? rows : 0, width}, loss.options());
+  auto unit_of = [&, data = unit.data_ptr<float>()](int64_t row) {
+    return needs_unit ? data + row * width : nullptr;
+  };
   float* losses = loss.data_ptr<float>();
   float* save = saved.data_ptr<float>();
   const Kernels& run = *current.load();
@@ -48,7 +53,7 @@ std::tuple<Tensor, Tensor> divergence(
       },
       [&](int64_t row, const Scan* scans, int64_t start, int64_t end) {
         if (!counts(row)) return Totals{0.0f, 0.0f};
-        return run.totals(pair, scans, form, needs_grad, row, start, end);
+        return run.totals(pair, scans, form, needs_grad, unit_of(row), row, start, end);
       },
       [&](int64_t row, const Scan* scans, const Totals* parts, int64_t slices) {
         const bool valid = is_distribution(scans[0].total) && is_distribution(scans[1].total);
@@ -57,9 +62,14 @@ std::tuple<Tensor, Tensor> divergence(
           save[2 * m * rows + row] = scans[m].top;
           save[(2 * m + 1) * rows + row] = scans[m].total;
         }
-        save[4 * rows + row] = sum_u(parts, slices);
+        const float total = save[4 * rows + row] = sum_u(parts, slices);
+        if (!needs_unit) return;
+        float* grads = unit_of(row);
+        const int64_t end = counts(row) ? vocab : 0;
+        if (end > 0) run.unit_gradient(pair, scans[1], form, total, grads, row, 0, end);
+        std::memset(grads + end, 0, (width - end) * sizeof(float));
       });
-  return {loss, saved};
+  return {loss, saved, unit};
 }
 
 // The gradient of the student's logits, contiguous, 0 in masked rows and beyond the vocabulary.
@@ -138,7 +148,7 @@ Tensor head_chunk(
       },
       [&](int64_t row, const Scan* scans, int64_t start, int64_t end) {
         if (kind == CROSS_ENTROPY) return Totals{0.0f, 0.0f};
-        return run.totals(pair, scans, form, needs_grad, row, start, end);
+        return run.totals(pair, scans, form, needs_grad, nullptr, row, start, end);
       },
       [&](int64_t row, const Scan* scans, const Totals* parts, int64_t slices) {
         losses[row] = valid(scans) ? loss_value(form, parts, slices) : NAN;

@@ -49,15 +49,15 @@ def sample(
 
 
 def divergence(
-    teacher, student, mask, kind, weight, detach, vocab_size, needs_grad=True
-) -> tuple[Tensor, Tensor]:
-    loss, saved = torch.ops.switchkd_native.divergence(
-        teacher, student, mask, _KIND[kind], weight, detach, vocab_size, needs_grad
+    teacher, student, mask, kind, weight, detach, vocab_size, needs_grad=True, needs_unit=False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    loss, saved, unit = torch.ops.switchkd_native.divergence(
+        teacher, student, mask, _KIND[kind], weight, detach, vocab_size, needs_grad, needs_unit
     )
     flagged = loss.isnan()
     if bool(flagged.any()):
         _raise_for(flagged, vocab_size, teacher=teacher, student=student)
-    return loss, saved
+    return loss, saved, unit if needs_unit else None
 
 
 def divergence_backward(

@@ -186,12 +186,20 @@ _LAUNCH = {"triton": (_forward, _backward), "cpu": (_cpu.divergence, _cpu.diverg
 
 
 class _Divergence(torch.autograd.Function):
-    """The eager path: straight to the launchers."""
+    """The eager path: straight to the launchers.
+
+    On a CPU a row's gradient is made with its loss, while the row is in the cache: a pass over
+    memory less. Backward scales it in place; a second backward computes it from the logits.
+    """
 
     @staticmethod
     def forward(ctx, teacher, student, mask, impl, *form):
         forward, ctx.launch = _LAUNCH[impl]
-        loss, saved = forward(teacher, student, mask, *form, ctx.needs_input_grad[1])
+        needs_grad, ctx.unit = ctx.needs_input_grad[1], None
+        if impl == "cpu":
+            loss, saved, ctx.unit = forward(teacher, student, mask, *form, needs_grad, needs_grad)
+        else:
+            loss, saved = forward(teacher, student, mask, *form, needs_grad)
         ctx.save_for_backward(teacher, student, mask, saved)
         ctx.form = form
         return loss
@@ -200,7 +208,11 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         teacher, student, mask, saved = ctx.saved_tensors
-        grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
+        unit, ctx.unit = ctx.unit, None
+        if unit is not None:
+            grad = unit.mul_(upstream.unsqueeze(1)).to(student.dtype)
+        else:
+            grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
         return None, grad, None, None, None, None, None, None
 
 
@@ -223,7 +235,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     launch = _LAUNCH.get(backend.choose(None, teacher, student))
     if launch is not None:
-        return launch[0](teacher, student, mask, kind, weight, detach, vocab_size)
+        return launch[0](teacher, student, mask, kind, weight, detach, vocab_size)[:2]
     pair, kept = _kept(teacher, student, mask, vocab_size)
     nats = values(pair, Form(kind, weight, detach))
     loss = nats.new_zeros(student.shape[0]).index_copy_(0, kept, nats)
