@@ -97,6 +97,8 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
     float kept[BLOCK];
     for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
+      if (slopes != nullptr)  // the next block's place
+        for (int i = 0; i < BLOCK; i += 16) __builtin_prefetch(slopes + first - BLOCK + i, 1);
       for (int group = 0; group < z.wide; group += GROUP) {
         Twin values = Twin(0.0f), us = Twin(0.0f);
         // u shares its logarithms with the value of every kind but one. The same code with a
