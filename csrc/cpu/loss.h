@@ -9,7 +9,7 @@ inline namespace SWITCHKD_CAPABILITY {
 template <int KIND, bool HEAVY>
 struct Form {
   static constexpr int kind = KIND;
-  static SWITCHKD_INLINE Term<Twin> terms(const Entry<Twin>& x, const Loss& loss) {
+  static SWITCHKD_INLINE Term<Quad> terms(const Entry<Quad>& x, const Loss& loss) {
     return divergence_terms<KIND, HEAVY>(x, loss.weight, loss.detach);
   }
 };
@@ -83,8 +83,8 @@ SWITCHKD_INLINE PairBlock load_pair(const Pair& pair, const Comparison& by, int6
           less(by.start[1], logits, wide, buffers.from_start[1]), logits, count, wide};
 }
 
-SWITCHKD_INLINE Entry<Twin> compare(const PairBlock& z, int i, const Shift& by) {
-  return compare(load_twin(z.teacher + i), load_twin(z.student + i), by);
+SWITCHKD_INLINE Entry<Quad> compare(const PairBlock& z, int i, const Shift& by) {
+  return compare(load_quad(z.teacher + i), load_quad(z.student + i), by);
 }
 
 // The loss, and sum u, which the gradient takes off.
@@ -94,27 +94,24 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
   Sum value, u;
   for_form(loss, [&](auto form) {
     PairBuffers buffers;
-    float kept[BLOCK];
+    float rest[BLOCK];
     for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
+      float* kept = slopes != nullptr && z.count == BLOCK ? slopes + first : rest;
       if (slopes != nullptr)  // the next block's place
         for (int i = 0; i < BLOCK; i += 16) __builtin_prefetch(slopes + first - BLOCK + i, 1);
-      for (int group = 0; group < z.wide; group += GROUP) {
-        Twin values = Twin(0.0f), us = Twin(0.0f);
-        // u shares its logarithms with the value of every kind but one. The same code with a
-        // gradient to come and without also gives the same value to the last bit.
-        for (int i = group; i < group + GROUP; i += 2 * LANES) {
-          const Entry<Twin> x = compare(z, i, by.shift);
-          const Term<Twin> term = form.terms(x, loss);
-          values = values + term.value * x.larger;
-          if (!needs_u && form.kind == JSD) continue;
-          us = us + u_of<form.kind>(term) * x.larger;
-          store(kept + i, form.kind == KL_TEACHER_STUDENT ? term.slope * x.larger : term.slope);
-        }
-        value.add(values.a + values.b);
-        u.add(us.a + us.b);
+      // u shares its logarithms with the value of every kind but one. The same code with a gradient
+      // to come and without also gives the same value to the last bit.
+      for (int i = 0; i < z.wide; i += GROUP) {
+        const Entry<Quad> x = compare(z, i, by.shift);
+        const Term<Quad> term = form.terms(x, loss);
+        value.add(sum_of(term.value * x.larger));
+        if (!needs_u && form.kind == JSD) continue;
+        u.add(sum_of(u_of<form.kind>(term) * x.larger));
+        store(kept + i, form.kind == KL_TEACHER_STUDENT ? term.slope * x.larger : term.slope);
       }
-      if (slopes != nullptr) std::memcpy(slopes + first, kept, z.count * sizeof(float));
+      if (slopes != nullptr && kept == rest)
+        std::memcpy(slopes + first, rest, z.count * sizeof(float));
     }
   });
   return {value.positive(), u.result()};
@@ -123,17 +120,18 @@ Totals totals(const Pair& pair, const Scan models[2], const Loss& loss, bool nee
 void unit_gradient(const Pair& pair, const Scan& student, const Loss& loss, float total,
                    float* slopes, int64_t row, int64_t start, int64_t end) {
   const float inverse = 1.0f / student.total;
-  float buffer[BLOCK], grads[BLOCK];
+  float buffer[BLOCK], rest[BLOCK];
   for (int64_t first = start; first < end; first += BLOCK) {
     const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
     const float* z = load_logits(pair, 1, row, first, count, buffer);
-    std::memcpy(grads, slopes + first, count * sizeof(float));
+    float* grads = count == BLOCK ? slopes + first : rest;
+    if (grads == rest) std::memcpy(rest, slopes + first, count * sizeof(float));
     for (int i = 0; i < padded(count); i += 2 * LANES) {
       const Power<Twin> e = power(-min(student.top - load_twin(z + i), Twin(87.0f)));
       const Twin q = (e.scale * (e.r + e.bend) + e.scale) * inverse, slope = load_twin(grads + i);
       store(grads + i, loss.kind == KL_TEACHER_STUDENT ? slope - q * total : q * (slope - total));
     }
-    std::memcpy(slopes + first, grads, count * sizeof(float));
+    if (grads == rest) std::memcpy(slopes + first, rest, count * sizeof(float));
   }
 }
 
@@ -143,12 +141,14 @@ void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Up
   const float of_q = upstream.ce_weight - upstream.total;
   for_form(loss, [&](auto form) {
     PairBuffers buffers;
-    float grads[BLOCK];
+    float rest[BLOCK];
     for (int64_t first = start; first < end; first += BLOCK) {
       const PairBlock z = load_pair(pair, by, row, first, end, buffers);
-      for (int i = 0; i < z.wide; i += 2 * LANES) {
-        const Entry<Twin> x = compare(z, i, by.shift);
-        const Term<Twin> term = form.terms(x, loss);
+      const bool in_place = !out.bfloat16 && z.count == BLOCK;
+      float* grads = in_place ? static_cast<float*>(out.data) + row * out.stride + first : rest;
+      for (int i = 0; i < z.wide; i += GROUP) {
+        const Entry<Quad> x = compare(z, i, by.shift);
+        const Term<Quad> term = form.terms(x, loss);
         store(grads + i, (term.q * of_q + u_of<form.kind>(term)) * (x.larger * upstream.scale));
       }
       const int64_t label = upstream.label - first;
@@ -161,7 +161,7 @@ void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Up
       }
       if (pair.scale != 1.0f)
         for (int i = 0; i < z.wide; i += LANES) store(grads + i, load(grads + i) * pair.scale);
-      store_block(out, row, first, z.count, grads);
+      if (!in_place) store_block(out, row, first, z.count, grads);
     }
   });
 }

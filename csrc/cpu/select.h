@@ -114,7 +114,7 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
   unsigned ordinary = ~0u;
   for (int i = 0; i < count; i += 2 * LANES) {
     const Twin x = load_twin(z + i);
-    const TwinMask finite = x < Twin(INFINITY);
+    const auto finite = x < Twin(INFINITY);
     ordinary &= lanes_of(finite.a) & lanes_of(finite.b);
     largest_two = max(x, largest_two);
   }
@@ -135,7 +135,7 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
     // one of many equal numbers is not.
     total = total + exp_in_range(-min(row.top - load_twin(z + i), Twin(87.0f)));
   }
-  row.total = row.total + (total.a + total.b);
+  row.total = row.total + sum_of(total);
   return rises;
 }
 
@@ -221,23 +221,19 @@ float measure(const Pair& pair, const Scan models[2], Metric metric, float rival
     }
     const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
     if (metric == KL) {
-      for (int group = 0; group < wide; group += GROUP) {
-        Vec terms = Vec(0.0f);
-        for (int i = group; i < group + GROUP; i += LANES) {
-          const Entry<Vec> x = compare(load(teacher + i), load(student + i), shift);
-          terms = terms + kl_teacher_student(x) * x.larger;
-        }
-        total.add(terms);
+      for (int i = 0; i < wide; i += GROUP) {
+        const Entry<Quad> x = compare(load_quad(teacher + i), load_quad(student + i), shift);
+        total.add(sum_of(kl_teacher_student(x) * x.larger));
       }
     } else {
       for (int run = 0; run < wide; run += 32 * LANES) {  // the sum of more would round too often
-        Twin block = Twin(0.0f);
-        for (int i = run; i < wide && i < run + 32 * LANES; i += 2 * LANES) {
-          const Twin t = load_twin(teacher + i), z = load_twin(student + i);
+        Quad block = Quad(0.0f);
+        for (int i = run; i < wide && i < run + 32 * LANES; i += GROUP) {
+          const Quad t = load_quad(teacher + i), z = load_quad(student + i);
           block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
         }
         const float of_factors = 0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse;
-        total.add((block.a + block.b) * of_factors);
+        total.add(sum_of(block) * of_factors);
       }
     }
   }

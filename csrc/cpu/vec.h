@@ -103,30 +103,37 @@ SWITCHKD_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
 // ------------------------------------------------------------------------------- twins
 
 // Two registers that go through the same steps, so that one does not wait for its last result.
-struct Twin {
-  Vec a, b;
-  SWITCHKD_INLINE Twin() {}
-  SWITCHKD_INLINE Twin(Vec a, Vec b) : a(a), b(b) {}
-  SWITCHKD_INLINE Twin(float x) : a(x), b(x) {}
+template <class M>
+struct MaskOfBoth {
+  M a, b;
 };
-struct TwinMask {
-  Mask a, b;
+template <class V>
+struct Both {
+  V a, b;
+  typedef MaskOfBoth<decltype(V() < V())> M;
+  SWITCHKD_INLINE Both() {}
+  SWITCHKD_INLINE Both(V a, V b) : a(a), b(b) {}
+  SWITCHKD_INLINE Both(float x) : a(x), b(x) {}
+  friend SWITCHKD_INLINE Both operator+(Both x, Both y) { return {x.a + y.a, x.b + y.b}; }
+  friend SWITCHKD_INLINE Both operator-(Both x, Both y) { return {x.a - y.a, x.b - y.b}; }
+  friend SWITCHKD_INLINE Both operator*(Both x, Both y) { return {x.a * y.a, x.b * y.b}; }
+  friend SWITCHKD_INLINE Both operator/(Both x, Both y) { return {x.a / y.a, x.b / y.b}; }
+  friend SWITCHKD_INLINE Both operator-(Both x) { return {-x.a, -x.b}; }
+  friend SWITCHKD_INLINE Both abs(Both x) { return {abs(x.a), abs(x.b)}; }
+  friend SWITCHKD_INLINE Both min(Both x, Both y) { return {min(x.a, y.a), min(x.b, y.b)}; }
+  friend SWITCHKD_INLINE Both max(Both x, Both y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+  friend SWITCHKD_INLINE M operator<(Both x, Both y) { return {x.a < y.a, x.b < y.b}; }
+  friend SWITCHKD_INLINE M operator>(Both x, Both y) { return y < x; }
+  friend SWITCHKD_INLINE M operator==(Both x, Both y) { return {x.a == y.a, x.b == y.b}; }
+  friend SWITCHKD_INLINE Both select(M where, Both x, Both y) {
+    return {select(where.a, x.a, y.a), select(where.b, x.b, y.b)};
+  }
 };
+typedef Both<Vec> Twin;
+typedef Both<Twin> Quad;
 
-SWITCHKD_INLINE Twin operator+(Twin x, Twin y) { return {x.a + y.a, x.b + y.b}; }
-SWITCHKD_INLINE Twin operator-(Twin x, Twin y) { return {x.a - y.a, x.b - y.b}; }
-SWITCHKD_INLINE Twin operator*(Twin x, Twin y) { return {x.a * y.a, x.b * y.b}; }
-SWITCHKD_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
-SWITCHKD_INLINE Twin operator-(Twin x) { return {-x.a, -x.b}; }
-SWITCHKD_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
-SWITCHKD_INLINE Twin min(Twin x, Twin y) { return {min(x.a, y.a), min(x.b, y.b)}; }
-SWITCHKD_INLINE Twin max(Twin x, Twin y) { return {max(x.a, y.a), max(x.b, y.b)}; }
-SWITCHKD_INLINE TwinMask operator<(Twin x, Twin y) { return {x.a < y.a, x.b < y.b}; }
-SWITCHKD_INLINE TwinMask operator>(Twin x, Twin y) { return y < x; }
-SWITCHKD_INLINE TwinMask operator==(Twin x, Twin y) { return {x.a == y.a, x.b == y.b}; }
-SWITCHKD_INLINE Twin select(TwinMask where, Twin x, Twin y) {
-  return {select(where.a, x.a, y.a), select(where.b, x.b, y.b)};
-}
+SWITCHKD_INLINE Vec sum_of(Twin x) { return x.a + x.b; }
+SWITCHKD_INLINE Vec sum_of(Quad x) { return sum_of(x.a + x.b); }
 
 // ------------------------------------------------------------------------------- memory
 
@@ -137,11 +144,18 @@ SWITCHKD_INLINE Vec load(const float* from) {
 }
 
 SWITCHKD_INLINE Twin load_twin(const float* from) { return {load(from), load(from + LANES)}; }
+SWITCHKD_INLINE Quad load_quad(const float* from) {
+  return {load_twin(from), load_twin(from + 2 * LANES)};
+}
 
 SWITCHKD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x.v, sizeof x.v); }
 SWITCHKD_INLINE void store(float* to, Twin x) {
   store(to, x.a);
   store(to + LANES, x.b);
+}
+SWITCHKD_INLINE void store(float* to, Quad x) {
+  store(to, x.a);
+  store(to + 2 * LANES, x.b);
 }
 
 SWITCHKD_INLINE Vec load_bfloat16(const uint16_t* from) {
@@ -207,7 +221,8 @@ SWITCHKD_INLINE Vec to_float(Bits x) { return __builtin_convertvector((Ints)x, F
 SWITCHKD_INLINE Vec scaled(Vec s, Vec shifted) {
   return (Floats)((Bits)s.v + ((Bits)shifted.v << 23));
 }
-SWITCHKD_INLINE Twin scaled(Twin s, Twin shifted) {
+template <class V>
+SWITCHKD_INLINE Both<V> scaled(Both<V> s, Both<V> shifted) {
   return {scaled(s.a, shifted.a), scaled(s.b, shifted.b)};
 }
 
@@ -215,7 +230,8 @@ SWITCHKD_INLINE Vec power_of_two(Vec shifted) {
   return (Floats)(((Bits)shifted.v << 23) + 0x3F800000u);
 }
 
-SWITCHKD_INLINE Twin power_of_two(Twin shifted) {
+template <class V>
+SWITCHKD_INLINE Both<V> power_of_two(Both<V> shifted) {
   return {power_of_two(shifted.a), power_of_two(shifted.b)};
 }
 
@@ -223,8 +239,9 @@ SWITCHKD_INLINE Split<Vec> split(Vec w) {
   const Ints power = ((Ints)w.v - 0x3F3504F3) & -0x800000;
   return {to_float((Bits)power), Vec((Floats)((Ints)w.v - power)) - 1.0f};
 }
-SWITCHKD_INLINE Split<Twin> split(Twin w) {
-  const Split<Vec> a = split(w.a), b = split(w.b);
+template <class V>
+SWITCHKD_INLINE Split<Both<V>> split(Both<V> w) {
+  const Split<V> a = split(w.a), b = split(w.b);
   return {{a.power, b.power}, {a.f, b.f}};
 }
 
