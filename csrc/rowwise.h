@@ -1,111 +1,15 @@
 // The mathematics of a pair of rows, for the CPU (a vector of lanes at once) and for CUDA (a float).
 //
-// The C++ twin of rowwise.py and noise.py, which define it: p teacher, q student, d = log q - log p.
-// F is float, or a type with the operators of float and with exp, log, abs, max, select and
-// comparisons that return its mask. Nothing here needs a library but the C mathematics.
+// The C++ twin of rowwise.py, which defines it: p teacher, q student, d = log q - log p.
+// F is float, or a type with its operators, with comparisons that return a mask, and with abs, min,
+// max, select, exp_in_range, power_of_two and split. Nothing here needs a library but the C
+// mathematics.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__CUDACC__)
-#define SWITCHKD_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SWITCHKD_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#if defined(__CUDA_ARCH__)
-#define SWITCHKD_UNROLL _Pragma("unroll")
-#elif defined(__CUDACC__)  // its pass over the host's code
-#define SWITCHKD_UNROLL
-#else
-#define SWITCHKD_UNROLL _Pragma("GCC unroll 10")
-#endif
-
-// One source is compiled for several instruction sets. Each has a namespace of its own: the linker
-// keeps one copy of an inline function, and it must not be one that the processor cannot run.
-#ifndef SWITCHKD_CAPABILITY
-#define SWITCHKD_CAPABILITY scalar
-#endif
+#include "scalar.h"
 
 namespace switchkd {
 inline namespace SWITCHKD_CAPABILITY {
-
-constexpr float LN2 = 0.6931471805599453f;
-
-#if defined(__CUDA_ARCH__)  // an instruction each; of a NaN and a number the number
-SWITCHKD_HOST_DEVICE float exp(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
-  return power;
-}
-SWITCHKD_HOST_DEVICE float min(float a, float b) { return ::fminf(a, b); }
-SWITCHKD_HOST_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
-#else
-SWITCHKD_HOST_DEVICE float exp(float x) { return ::expf(x); }
-// b if either is NaN, as the instructions of x86 have it.
-SWITCHKD_HOST_DEVICE float min(float a, float b) { return a < b ? a : b; }
-SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
-#endif
-// scale e^x for -87 <= x <= 88.
-SWITCHKD_HOST_DEVICE float exp_in_range(float x, float scale = 1.0f) { return exp(x) * scale; }
-SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
-SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
-SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }
-
-// ------------------------------------------------------------------------------- noise
-
-// Philox4x32-10 (Salmon et al. 2011, Random123). W holds a 32-bit word in 64 bits, or many of them;
-// what lies above bit 31 is ignored on the way in and undefined on the way out.
-SWITCHKD_HOST_DEVICE uint64_t wide_product(uint64_t a, uint32_t b) {
-  return static_cast<uint64_t>(static_cast<uint32_t>(a)) * b;
-}
-
-template <class W>
-struct Words {
-  W w0, w1, w2, w3;
-};
-
-template <class W>
-SWITCHKD_HOST_DEVICE Words<W> philox(uint64_t seed, Words<W> c) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  SWITCHKD_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    W a = wide_product(c.w0, 0xD2511F53u), b = wide_product(c.w2, 0xCD9E8D57u);
-    c.w0 = (b >> 32) ^ c.w1 ^ static_cast<uint64_t>(key0);
-    c.w2 = (a >> 32) ^ c.w3 ^ static_cast<uint64_t>(key1);
-    c.w1 = b;
-    c.w3 = a;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return c;
-}
-
-// Where a row's noise is in the field: token v takes word v % 4 of block v / 4.
-struct Counter {
-  uint64_t seed;
-  uint32_t position, low, high;
-};
-
-SWITCHKD_HOST_DEVICE Counter counter_of(uint64_t seed, int64_t position, int64_t id, int stream) {
-  uint64_t sequence = static_cast<uint64_t>(id);
-  return {seed, static_cast<uint32_t>(position), static_cast<uint32_t>(sequence),
-          static_cast<uint32_t>(sequence >> 32) | static_cast<uint32_t>(stream) << 24};
-}
-
-// -log(-log1p(-u)), u = min((float(word) + 1/2) 2^-32, 1 - 2^-24); falls as the word rises.
-SWITCHKD_HOST_DEVICE float gumbel(uint32_t word) {
-  float u = (static_cast<float>(word) + 0.5f) * 2.3283064365386963e-10f;
-  return -::logf(-::log1pf(-min(u, 0.999999940395355f)));
-}
-
-constexpr float GUMBEL_MAX = 22.9f;  // of word 0: 22.874
-
-// gumbel(word) <= -log u <= GUMBEL_AT - GUMBEL_PER_BIT * float(bits of float(word >> 1)): the bits
-// of a float, read as an integer, are 2^23 (127 + log2) from below, by at most 0.087 in log2. One
-// bit of the word is given up because few processors convert unsigned words.
-constexpr float GUMBEL_PER_BIT = 1.1920928955078125e-07f * LN2, GUMBEL_AT = 158.0f * LN2 + 1e-4f;
 
 // ------------------------------------------------------------------------------- functions
 

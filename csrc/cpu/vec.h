@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "../noise.h"
 #include "../rowwise.h"
 
 #if SWITCHKD_LANES > 4
@@ -275,8 +276,7 @@ SWITCHKD_INLINE F exp_scaled(F x) {
 
 // e^x to 1.3 ulp for -87 <= x <= 88, 0 below (and for NaN). x = n ln 2 + r, |r| <= ln(2) / 2, n by
 // the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P the interpolant of degree 4 in
-// Chebyshev's nodes (1.0e-8):
-// gradients, differences of such values, need the digit that exp_in_range lacks.
+// Chebyshev's nodes (1.0e-8).
 SWITCHKD_INLINE Vec exp(Vec x) {
   Vec shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
   Vec r = x - n * 0.693145751953125f;

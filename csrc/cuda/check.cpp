@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "../noise.h"
 #include "../rowwise.h"
 #include "device.h"
 

@@ -1,6 +1,7 @@
 // Tiles of a pair of rows, from global to shared memory, byte for byte: a row may begin anywhere.
 #pragma once
 
+#include "../noise.h"
 #include "../rowwise.h"
 #include "device.h"
 

@@ -209,7 +209,7 @@ def key(cxx: list[str]) -> str:
 def cuda_key(cxx: list[str], targets: tuple[str, ...]) -> str:
     """A hash of the sources, torch, both compilers and their flags, and the GPUs."""
     cuda, source = nvcc(), csrc()
-    files = [source / "rowwise.h", *(source / "cuda").glob("*.*")]
+    files = [*source.glob("*.h"), *(source / "cuda").glob("*.*")]
     versions = run([*cxx, "--version"]), run([*cuda, "--version"])
     return digest(*cxx, *cuda, *versions, *CUDA_FLAGS, *targets, files=files)
 
