@@ -183,7 +183,7 @@ def test_losses(instructions, kind, dtype):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl_teacher_student"])
 def test_a_certain_student_has_no_gradient(instructions, kind):
-    """All of it is a difference of equals where q is 1, and a q of 1 - 1e-7 would make noise of it."""
+    """It is a difference of equals where q is 1; of a q of 1 - 1e-7 it would be noise."""
     teacher, student = logits(8, 513, spread=3.0)
     student[:, 5] = 200.0
     for alpha in (0.1, 0.9):

@@ -108,34 +108,46 @@ struct Running {
   unsigned undefined = 0;  // lanes that met NaN or +inf
 };
 
-// Whether the maximum rises. One exponential an entry: the block's maximum is known before.
-SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials, Running& row) {
-  Twin largest_two = Twin(-INFINITY);
+// What a sweep over a block finds: the largest, and the sum of e^(z - top), which is not to be used
+// where one of them is above `top`.
+struct Swept {
+  Vec tops, total;
+  unsigned undefined;
+};
+
+template <bool EXPONENTIALS>
+SWITCHKD_INLINE Swept sweep_block(const float* z, int count, float top) {
+  Twin tops = Twin(-INFINITY), total = Twin(0.0f);
   unsigned ordinary = ~0u;
   for (int i = 0; i < count; i += 2 * LANES) {
     const Twin x = load_twin(z + i);
     const auto finite = x < Twin(INFINITY);
     ordinary &= lanes_of(finite.a) & lanes_of(finite.b);
-    largest_two = max(x, largest_two);
-  }
-  row.undefined |= ~ordinary & ((1u << LANES) - 1);
-  const Vec tops = max(largest_two.a, largest_two.b);
-  const bool rises = lanes_of(tops > Vec(row.top)) != 0;  // seldom
-  if (rises) {
-    const float top = largest(tops);
-    row.total = row.total * exp(row.top - top);
-    row.top = top;
-  }
-  if (!exponentials || row.top == -INFINITY) return rises;
-  Twin total = Twin(0.0f);
-  for (int i = 0; i < count; i += 2 * LANES) {
+    tops = max(x, tops);
+    if (!EXPONENTIALS) continue;
     __builtin_prefetch(z + i + BLOCK);  // the next block, where the row is in place
     __builtin_prefetch(z + i + BLOCK + LANES);
     // What is below e^-87 of the largest counts as that. Not scaled: a sum of ones is exact, and
     // one of many equal numbers is not.
-    total = total + exp_in_range(-min(row.top - load_twin(z + i), Twin(87.0f)));
+    total = total + exp_in_range(-min(top - x, Twin(87.0f)));
   }
-  row.total = row.total + sum_of(total);
+  return {max(tops.a, tops.b), sum_of(total), ~ordinary & ((1u << LANES) - 1)};
+}
+
+// Whether the maximum rises, which is seldom: a block is swept with the maximum of those before it,
+// and only if that was too low once more.
+SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials, Running& row) {
+  const bool known = exponentials && row.top > -INFINITY;
+  Swept block = known ? sweep_block<true>(z, count, row.top) : sweep_block<false>(z, count, 0.0f);
+  row.undefined |= block.undefined;
+  const bool rises = lanes_of(block.tops > Vec(row.top)) != 0;
+  if (rises) {
+    const float top = largest(block.tops);
+    row.total = row.total * exp(row.top - top);
+    row.top = top;
+    if (exponentials) block = sweep_block<true>(z, count, top);
+  }
+  if (known || rises) row.total = row.total + block.total;
   return rises;
 }
 
