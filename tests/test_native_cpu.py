@@ -333,6 +333,9 @@ def test_a_second_backward_is_the_first(instructions):
     first, second = (torch.autograd.grad(3 * loss, z, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
     assert first[:2, :690].any(1).all() and not first[2].any() and not first[:, 690:].any()
+    each = divergence_loss(teacher, z, mask=mask, reduction="none", impl="cpu")
+    upstream = torch.where(mask > 0, 1.0, math.nan)
+    assert not torch.autograd.grad(each, z, upstream)[0][2].any()
 
 
 def test_no_rows():

@@ -210,6 +210,8 @@ class _Divergence(torch.autograd.Function):
         teacher, student, mask, saved = ctx.saved_tensors
         unit, ctx.unit = ctx.unit, None
         if unit is not None:
+            if mask is not None:
+                upstream = upstream.masked_fill(~mask, 0.0)  # not looked at, even if it is NaN
             grad = unit.mul_(upstream.unsqueeze(1)).to(student.dtype)
         else:
             grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
