@@ -85,6 +85,24 @@ def one_of(name: str, value: object, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+FEW = 256  # values that Python looks at faster than two launches of an op
+
+
+def extremes(tensor: Tensor) -> tuple[int, int]:
+    """The least and the greatest of integers, at least one."""
+    if tensor.numel() > FEW or torch.compiler.is_compiling():
+        low, high = tensor.aminmax()
+        return int(low), int(high)
+    values = tensor.reshape(-1).tolist()
+    return min(values), max(values)
+
+
+def has_nan(tensor: Tensor) -> bool:
+    if tensor.numel() > FEW or torch.compiler.is_compiling():
+        return bool(tensor.isnan().any())
+    return any(map(math.isnan, tensor.reshape(-1).tolist()))
+
+
 def integers(name: str, value, limit: int, device: torch.device | None = None) -> Tensor:
     """`value` (tensor, sequence or int) as an int64 tensor, each entry in [0, limit)."""
     tensor = torch.as_tensor(value, device=device)
@@ -92,7 +110,7 @@ def integers(name: str, value, limit: int, device: torch.device | None = None) -
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
     if tensor.numel():
-        low, high = map(int, tensor.aminmax())
+        low, high = extremes(tensor)
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {low}..{high}")
     return tensor
@@ -126,7 +144,7 @@ def per_row(
     visible = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     if limit is not None and (visible or tensor.dtype not in _INTEGERS):
         tensor = integers(name, tensor, limit)
-    if limit is None and visible and bool(tensor.isnan().any()):
+    if limit is None and visible and has_nan(tensor):
         raise ValueError(f"{name} must be a number in every row, got NaN")
     if isinstance(value, Tensor | list | tuple):
         tensor = tensor.to(device, dtype)
@@ -134,7 +152,7 @@ def per_row(
         tensor = torch.full((), value, dtype=dtype, device=device)
     if tensor.dim() and tensor.shape not in ((rows,), (1,)):
         raise ValueError(f"{name} must be a number or ({rows},), got {tuple(tensor.shape)}")
-    return tensor.reshape(-1).expand(rows)
+    return tensor if tensor.shape == (rows,) else tensor.reshape(-1).expand(rows)
 
 
 def unit_stride(logits: Tensor) -> Tensor:

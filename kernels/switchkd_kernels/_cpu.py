@@ -30,9 +30,8 @@ def switch_select(
         seed, teacher_temperature, student_temperature,
         STREAM_REDRAW if metric == "rank" else STREAM_TOKEN, STREAM_TOKEN, metric, bits, vocab_size,
     )  # fmt: skip
-    flagged = token < 0
-    if bool(flagged.any()):
-        _raise_for(flagged, vocab_size, teacher=teacher, student=student)
+    if len(token) and check.extremes(token)[0] < 0:
+        _raise_for(token < 0, vocab_size, teacher=teacher, student=student)
     return token, writer, *values
 
 
@@ -42,9 +41,8 @@ def sample(
     token = torch.ops.switchkd_native.sample(
         logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
     )
-    flagged = token < 0
-    if bool(flagged.any()):
-        _raise_for(flagged, vocab_size, **{model: logits})
+    if len(token) and check.extremes(token)[0] < 0:
+        _raise_for(token < 0, vocab_size, **{model: logits})
     return token
 
 
@@ -54,9 +52,8 @@ def divergence(
     loss, saved, unit = torch.ops.switchkd_native.divergence(
         teacher, student, mask, _KIND[kind], weight, detach, vocab_size, needs_grad, needs_unit
     )
-    flagged = loss.isnan()
-    if bool(flagged.any()):
-        _raise_for(flagged, vocab_size, teacher=teacher, student=student)
+    if check.has_nan(loss):
+        _raise_for(loss.isnan(), vocab_size, teacher=teacher, student=student)
     return loss, saved, unit if needs_unit else None
 
 
