@@ -181,6 +181,23 @@ def test_losses(instructions, kind, dtype):
                 check_close(got[1], near[1], want[1], what=f"gradient of {name}", scale=0.1)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "jsd"])
+def test_a_token_that_is_ruled_out_has_no_gradient(instructions, kind):
+    teacher, student = logits(4, 700)
+    teacher[:, 3:600:7] = student[:, 3:600:7] = -math.inf
+    if not kind.startswith("kl"):  # which would be infinite
+        teacher[0, 650], student[1, 651] = -math.inf, -math.inf
+    z = student.requires_grad_()
+    options = {"impl": "cpu", "reduction": "sum"}
+    loss = jsd(teacher, z, **options) if kind == "jsd" else divergence_loss(
+        teacher, z, kind=kind, **options
+    )  # fmt: skip
+    for _ in range(2):  # made with the loss, then by itself
+        grad = torch.autograd.grad(loss, z, retain_graph=True)[0]
+        assert grad.isfinite().all() and not grad[student == -math.inf].any()
+        assert grad[:, 4:10].all()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl_teacher_student"])
 def test_a_certain_student_has_no_gradient(instructions, kind):
     """It is a difference of equals where q is 1; of a q of 1 - 1e-7 it would be noise."""

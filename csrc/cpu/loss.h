@@ -127,8 +127,10 @@ void unit_gradient(const Pair& pair, const Scan& student, const Loss& loss, floa
     float* grads = count == BLOCK ? slopes + first : rest;
     if (grads == rest) std::memcpy(rest, slopes + first, count * sizeof(float));
     for (int i = 0; i < padded(count); i += 2 * LANES) {
-      const Power<Twin> e = power(-min(student.top - load_twin(z + i), Twin(87.0f)));
-      const Twin q = (e.scale * (e.r + e.bend) + e.scale) * inverse, slope = load_twin(grads + i);
+      const Twin below = student.top - load_twin(z + i), slope = load_twin(grads + i);
+      const Power<Twin> e = power(-min(below, Twin(87.0f)));
+      const Twin some = (e.scale * (e.r + e.bend) + e.scale) * inverse;
+      const Twin q = select(below < Twin(87.0f), some, Twin(0.0f));  // of -inf nothing
       store(grads + i, loss.kind == KL_TEACHER_STUDENT ? slope - q * total : q * (slope - total));
     }
     if (grads == rest) std::memcpy(slopes + first, rest, count * sizeof(float));
@@ -148,7 +150,8 @@ void gradient(const Pair& pair, const Scan models[2], const Loss& loss, const Up
       float* grads = in_place ? static_cast<float*>(out.data) + row * out.stride + first : rest;
       for (int i = 0; i < z.wide; i += GROUP) {
         const Entry<Quad> x = compare(z, i, by.shift);
-        const Term<Quad> term = form.terms(x, loss);
+        Term<Quad> term = form.terms(x, loss);
+        term.q = select(load_quad(z.student + i) > Quad(-INFINITY), term.q, Quad(0.0f));
         store(grads + i, (term.q * of_q + u_of<form.kind>(term)) * (x.larger * upstream.scale));
       }
       const int64_t label = upstream.label - first;
