@@ -162,7 +162,7 @@ def test_losses(instructions, kind, dtype):
     for V in WIDTHS:
         for weight, detach in ((0.1, False), (0.5, kind == "skew_reverse_kl")):
             for hard in ("mixed", "equal", "offset"):
-                teacher, student = logits(24, V, dtype, **HARD[hard])  # one row's error is luck
+                teacher, student = logits(6, V, dtype, **HARD[hard])
                 if hard == "mixed":  # -inf in the same places, where every kind is finite
                     student = student.masked_fill(teacher == -math.inf, -math.inf)
                     teacher = teacher.masked_fill(student == -math.inf, -math.inf)
@@ -339,8 +339,9 @@ def test_under_torch_compile():
         tokens, drawn, loss = one(teacher, z)
         loss.backward()
         grads.append((tokens, drawn, loss.detach(), z.grad))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)  # two ways to a gradient
+    for one, other in zip(*(found[:3] for found in grads), strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(grads[0][3], grads[1][3], rtol=1e-5, atol=1e-8)  # two ways to it
 
 
 def test_a_second_backward_is_the_first(instructions):

@@ -104,7 +104,7 @@ SWITCHKD_INLINE void noisy_block(
 
 struct Running {
   float top = -INFINITY;
-  Vec total = Vec(0.0f);
+  Sum total;
   unsigned undefined = 0;  // lanes that met NaN or +inf
 };
 
@@ -143,11 +143,11 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
   const bool rises = lanes_of(block.tops > Vec(row.top)) != 0;
   if (rises) {
     const float top = largest(block.tops);
-    row.total = row.total * exp(row.top - top);
+    row.total.scale_by(exp(row.top - top));
     row.top = top;
     if (exponentials) block = sweep_block<true>(z, count, top);
   }
-  if (known || rises) row.total = row.total + block.total;
+  if (known || rises) row.total.add(block.total);
   return rises;
 }
 
@@ -207,7 +207,7 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
     }
   }
   for (int m = 0; m < 2; ++m) {
-    float total = how.softmax ? sum(running[m].total) : running[m].top > -INFINITY ? 1.0f : 0.0f;
+    float total = how.softmax ? running[m].total.result() : running[m].top > -INFINITY ? 1.0f : 0.0f;
     if (running[m].undefined) total = NAN;
     out[m] = {running[m].top, total, best[m].value, best[m].token};
   }

@@ -199,6 +199,10 @@ struct Sum {
     lost = (next - total) - y;
     total = next;
   }
+  SWITCHKD_INLINE void scale_by(float factor) {
+    total = total * factor;
+    lost = lost * factor;
+  }
   SWITCHKD_INLINE float result() const {
     float totals[LANES], losses[LANES];
     store(totals, total);
