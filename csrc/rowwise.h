@@ -24,21 +24,9 @@ SWITCHKD_HOST_DEVICE F without(F x, F n) {
 #endif
 }
 
-SWITCHKD_HOST_DEVICE int32_t bits_of(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-SWITCHKD_HOST_DEVICE float float_of(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // 2^n, n in the low bits of `shifted`.
 SWITCHKD_HOST_DEVICE float power_of_two(float shifted) {
-  const uint32_t n = static_cast<uint32_t>(bits_of(shifted));
-  return float_of(static_cast<int32_t>((n << 23) + 0x3F800000u));
+  return as_float((as_bits(shifted) << 23) + 0x3F800000u);
 }
 
 // w = 2^n (1 + f), 1 + f in [1/sqrt 2, sqrt 2), for normal w > 0; n times 2^23.
@@ -47,8 +35,8 @@ struct Split {
   F power, f;
 };
 SWITCHKD_HOST_DEVICE Split<float> split(float w) {
-  const int32_t power = (bits_of(w) - 0x3F3504F3) & -0x800000;
-  return {static_cast<float>(power), float_of(bits_of(w) - power) - 1.0f};
+  const uint32_t power = (as_bits(w) - 0x3F3504F3u) & 0xFF800000u;
+  return {static_cast<float>(static_cast<int32_t>(power)), as_float(as_bits(w) - power) - 1.0f};
 }
 
 // e^x = scale (1 + r + bend) for -87 <= x <= 0: x = n ln 2 + r, |r| <= ln(2) / 2, scale = 2^n, n by

@@ -45,6 +45,16 @@ SWITCHKD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
 #endif
 // scale e^x for -87 <= x <= 88.
 SWITCHKD_HOST_DEVICE float exp_in_range(float x, float scale = 1.0f) { return exp(x) * scale; }
+SWITCHKD_HOST_DEVICE float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+SWITCHKD_HOST_DEVICE uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits;
+}
 SWITCHKD_HOST_DEVICE float log(float x) { return ::logf(x); }
 SWITCHKD_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 SWITCHKD_HOST_DEVICE float select(bool where, float a, float b) { return where ? a : b; }

@@ -261,6 +261,7 @@ float logit(const Pair& pair, int model, int64_t row, int64_t token) {
 
 // Bits of a float to an integer of the same order; the same step leads back.
 inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+inline float of_order(int32_t order) { return as_float(static_cast<uint32_t>(ordered(order))); }
 
 // How many logits are at least `pivot`.
 inline int64_t count_from(const Pair& pair, int64_t row, float pivot) {
@@ -283,10 +284,10 @@ inline float kth_largest(const Pair& pair, int64_t row, int64_t k) {
   int32_t low = -0x7F800001, high = 0x7F800000;  // -inf and +inf
   while (low < high) {
     int32_t middle = (low | high) - ((low ^ high) >> 1);  // the mean, rounded up
-    if (count_from(pair, row, float_of(ordered(middle))) >= k) low = middle;
+    if (count_from(pair, row, of_order(middle)) >= k) low = middle;
     else high = middle - 1;
   }
-  return float_of(ordered(low));
+  return of_order(low);
 }
 
 // Sum of e^(z / T - top) over z / T > value.

@@ -103,7 +103,8 @@ SWITCHKD_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
 
 // ------------------------------------------------------------------------------- twins
 
-// Two registers that go through the same steps, so that one does not wait for its last result.
+// Registers that go through the same steps, so that none waits for its last result. Two do for short
+// chains; a mixture of the losses needs four.
 template <class M>
 struct MaskOfBoth {
   M a, b;

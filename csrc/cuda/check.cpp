@@ -88,14 +88,8 @@ std::vector<float> logits(const Case& one, int model) {
   return z;
 }
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
 uint16_t half_of(float x, Dtype dtype) {  // of values that fit, cut off
-  const uint32_t bits = bits_of(x);
+  const uint32_t bits = as_bits(x);
   if (dtype == BFLOAT16) return static_cast<uint16_t>(bits >> 16);
   const uint32_t sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
   if (rest >= 0x7F800000u) return static_cast<uint16_t>(sign | 0x7C00u | (rest > 0x7F800000u));

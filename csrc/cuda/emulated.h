@@ -4,6 +4,7 @@
 // waits for them. What a kernel should have waited for is not there yet.
 #pragma once
 
+#include "../scalar.h"
 #include "fibres.h"
 
 #define SWITCHKD_KERNEL(...) void
@@ -72,16 +73,6 @@ inline int atomic_max(int* at, int value) {
 inline int atomic_add(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline void memory_fence() {}
 inline float fresh(const float* at) { return *at; }
-inline float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof x);
-  return bits;
-}
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7FFFu;
   if (rest >= 0x7C00u) return as_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13);

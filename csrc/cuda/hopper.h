@@ -56,8 +56,6 @@ SWITCHKD_DEVICE int atomic_max(int* at, int value) { return atomicMax(at, value)
 SWITCHKD_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 SWITCHKD_DEVICE void memory_fence() { __threadfence(); }
 SWITCHKD_DEVICE float fresh(const float* at) { return __ldcg(at); }  // past the first-level cache
-SWITCHKD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
-SWITCHKD_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 SWITCHKD_DEVICE float half_to_float(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
