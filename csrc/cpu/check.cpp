@@ -194,6 +194,33 @@ void drive_kinds(double log_p, double log_q, float w) {
          -0.5 * log_to_q(0.5), "JSD");
 }
 
+// The JSD of two rows of two entries, over all of the distances that its terms have, and from rows
+// that one number sets apart.
+void drive_jsd() {
+  Rows teacher(2, 0, false), student(2, 0, false);
+  const Pair pair{{teacher.logits(), student.logits()}, 2};
+  for (float apart : {0.0f, 5.0f, 4096.0f}) {
+    for (double x = 1e-3; x < 60.0; x *= 1.003) {
+      Scan scans[2];
+      double p[2], q[2], terms = 0.0;
+      teacher.set(0, 0, 0.0f);
+      teacher.set(0, 1, 0.5f);
+      student.set(0, 0, apart);
+      student.set(0, 1, apart - static_cast<float>(x));
+      const double t = -0.5, s = static_cast<double>(apart) - student.get(0, 1);
+      p[0] = 1 / (1 + std::exp(-t)), p[1] = p[0] * std::exp(-t);
+      q[0] = 1 / (1 + std::exp(-s)), q[1] = q[0] * std::exp(-s);
+      for (int i = 0; i < 2; ++i) {
+        const double m = (p[i] + q[i]) / 2;
+        terms += (kl(p[i], m) + kl(q[i], m)) / 2;
+      }
+      run.scan(pair, Sampling(), 0, 0, 2, scans);
+      const float got = run.measure(pair, scans, JSD_NATS, 0.0f, 0, 0, 2);
+      expect(near(got, terms, 1e-6), "JSD", got / terms - 1);
+    }
+  }
+}
+
 // rowwise.h in scalars, as a CUDA thread has it.
 void drive_terms() {
   for (double d : {0.0, 1e-6, -1e-3, 0.02, -0.3, 0.49, -0.51, 0.99, 1.01, -3.0, 8.0, -40.0, 80.0})
@@ -242,6 +269,7 @@ int main() {
     for (int64_t offset : {0, 1, 3})
       for (bool bfloat16 : {false, true})
         for (float hole : {-7.0f, 0.0f}) drive(vocab, offset, bfloat16, hole);
+  drive_jsd();
   drive_terms();
   return failures > 0;
 }

@@ -41,12 +41,28 @@ SWITCHKD_INLINE const float* load_block(
   return buffer;
 }
 
+SWITCHKD_INLINE bool as_given(const Pair& pair, int model) {
+  return pair.bias[model] == nullptr && pair.scale == 1.0f && pair.cap == 0.0f;
+}
+
+// Whether full blocks are to be read as they lie: bfloat16 of both models, so that equal rows are
+// summed in the same order.
+SWITCHKD_INLINE bool in_halves(const Pair& pair) {
+  for (int m = 0; m < 2; ++m)
+    if (pair.model[m].data != nullptr && !(pair.model[m].bfloat16 && as_given(pair, m))) return false;
+  return true;
+}
+
+SWITCHKD_INLINE const uint16_t* halves(const Logits& logits, int64_t row, int64_t first) {
+  return static_cast<const uint16_t*>(logits.data) + row * logits.stride + first;
+}
+
 // The same of a head: its products become logits.
 SWITCHKD_INLINE const float* load_logits(
     const Pair& pair, int model, int64_t row, int64_t first, int count, float* buffer) {
   const float* x = load_block(pair.model[model], row, first, count, buffer);
   const float* bias = pair.bias[model];
-  if (bias == nullptr && pair.scale == 1.0f && pair.cap == 0.0f) return x;
+  if (as_given(pair, model)) return x;
   float rest[BLOCK];
   if (bias != nullptr) {
     bias += first;

@@ -1,7 +1,7 @@
 // Softmax and token of rows, the divergence that decides between two, and filters.
 #pragma once
 
-#include "row.h"
+#include "terms.h"
 
 namespace switchkd {
 inline namespace SWITCHKD_CAPABILITY {
@@ -115,28 +115,30 @@ struct Swept {
   unsigned undefined;
 };
 
-template <bool EXPONENTIALS>
-SWITCHKD_INLINE Swept sweep_block(const float* z, int count, float top) {
+template <bool EXPONENTIALS, class T>
+SWITCHKD_INLINE Swept sweep_block(const T* z, int count, float top) {
   Twin tops = Twin(-INFINITY), total = Twin(0.0f);
   unsigned ordinary = ~0u;
   for (int i = 0; i < count; i += 2 * LANES) {
     const Twin x = load_twin(z + i);
-    const auto finite = x < Twin(INFINITY);
-    ordinary &= lanes_of(finite.a) & lanes_of(finite.b);
     tops = max(x, tops);
-    if (!EXPONENTIALS) continue;
+    if (!EXPONENTIALS) {
+      const auto finite = x < Twin(INFINITY);
+      ordinary &= lanes_of(finite.a) & lanes_of(finite.b);
+      continue;
+    }
     __builtin_prefetch(z + i + BLOCK);  // the next block, where the row is in place
     __builtin_prefetch(z + i + BLOCK + LANES);
-    // What is below e^-87 of the largest counts as that. Not scaled: a sum of ones is exact, and
-    // one of many equal numbers is not.
-    total = total + exp_in_range(-min(top - x, Twin(87.0f)));
+    const Product<Twin> e = exp_product(max(Twin(LEAST_EXPONENT), x - top));
+    total = e.scale * e.s + total;
   }
   return {max(tops.a, tops.b), sum_of(total), ~ordinary & ((1u << LANES) - 1)};
 }
 
 // Whether the maximum rises, which is seldom: a block is swept with the maximum of those before it,
 // and only if that was too low once more.
-SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials, Running& row) {
+template <class T>
+SWITCHKD_INLINE bool softmax_block(const T* z, int count, bool exponentials, Running& row) {
   const bool known = exponentials && row.top > -INFINITY;
   Swept block = known ? sweep_block<true>(z, count, row.top) : sweep_block<false>(z, count, 0.0f);
   row.undefined |= block.undefined;
@@ -152,9 +154,10 @@ SWITCHKD_INLINE bool softmax_block(const float* z, int count, bool exponentials,
 }
 
 // The first of the largest, `top`, of a block.
-SWITCHKD_INLINE void greedy_block(const float* z, float top, int64_t first, Best& best) {
+template <class T>
+SWITCHKD_INLINE void greedy_block(const T* z, float top, int64_t first, Best& best) {
   int i = 0;
-  while (z[i] != top) ++i;
+  while (widened(z[i]) != top) ++i;
   best = {top, first + i};
 }
 
@@ -180,6 +183,7 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
   Best best[2];
   const bool noise[2] = {how.draw[0] == NOISE, how.draw[1] == NOISE};
   const bool shared = noise[0] && noise[1] && how.stream[0] == how.stream[1];
+  const bool as_halves = !noise[0] && !noise[1] && !how.filtered && in_halves(pair);
   Counter counter[2];
   for (int m = 0; m < 2; ++m)
     counter[m] = counter_of(how.seed, how.position, how.id, how.stream[m]);
@@ -189,6 +193,12 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
     const float* y[2];
     for (int m = 0; m < 2; ++m) {
       if (pair.model[m].data == nullptr) continue;
+      if (as_halves && count == BLOCK) {
+        const uint16_t* half = halves(pair.model[m], row, first);
+        if (softmax_block(half, count, how.softmax, running[m]) && how.draw[m] == GREEDY)
+          greedy_block(half, running[m].top, first, best[m]);
+        continue;
+      }
       const float* z = load_logits(pair, m, row, first, count, buffers[m]);
       y[m] = z;
       if (noise[m] || how.filtered)
@@ -215,39 +225,45 @@ void scan(const Pair& pair, const Sampling& how, int64_t row, int64_t start, int
 
 // ------------------------------------------------------------------------------- divergence
 
+// Columns above `rival`.
+SWITCHKD_INLINE int count_above(const float* z, int count, float rival) {
+  int above = 0;
+  for (int i = 0; i < count; i += LANES) above += __builtin_popcount(lanes_of(load(z + i) > Vec(rival)));
+  return above;
+}
+
+SWITCHKD_INLINE void add_kl(const float* teacher, const float* student, int count,
+                            const Shift& shift, Sum& total) {
+  for (int i = 0; i < count; i += GROUP) {
+    const Entry<Quad> x = compare(load_quad(teacher + i), load_quad(student + i), shift);
+    total.add(sum_of(kl_teacher_student(x) * x.larger));
+  }
+}
+
 // In nats, or the number of the teacher's logits above `rival`.
 float measure(const Pair& pair, const Scan models[2], Metric metric, float rival, int64_t row,
               int64_t start, int64_t end) {
   float buffers[2][BLOCK];
   const Shift shift = shift_of(models);
+  const JsdRows rows(models);
+  const bool as_halves = metric == JSD_NATS && in_halves(pair);
   Sum total;
   int64_t above = 0;
   for (int64_t first = last_block(start, end); first >= start; first -= BLOCK) {
     const int count = static_cast<int>(end - first < BLOCK ? end - first : BLOCK);
     const int wide = padded(count);
+    if (as_halves && count == BLOCK) {
+      add_jsd(rows, halves(pair.model[0], row, first), halves(pair.model[1], row, first), count, total);
+      continue;
+    }
     const float* teacher = load_logits(pair, 0, row, first, count, buffers[0]);
     if (metric == RANK) {
-      for (int i = 0; i < wide; i += LANES)
-        above += __builtin_popcount(lanes_of(load(teacher + i) > Vec(rival)));
+      above += count_above(teacher, wide, rival);
       continue;
     }
     const float* student = load_logits(pair, 1, row, first, count, buffers[1]);
-    if (metric == KL) {
-      for (int i = 0; i < wide; i += GROUP) {
-        const Entry<Quad> x = compare(load_quad(teacher + i), load_quad(student + i), shift);
-        total.add(sum_of(kl_teacher_student(x) * x.larger));
-      }
-    } else {
-      for (int run = 0; run < wide; run += 32 * LANES) {  // the sum of more would round too often
-        Quad block = Quad(0.0f);
-        for (int i = run; i < wide && i < run + 32 * LANES; i += GROUP) {
-          const Quad t = load_quad(teacher + i), z = load_quad(student + i);
-          block = block + exp_scaled(log_larger(t, z, shift)) * jsd_factor(log_ratio(t, z, shift));
-        }
-        const float of_factors = 0.5f / (JSD_SCALE * EXP_SCALE) * shift.teacher_inverse;
-        total.add(sum_of(block) * of_factors);
-      }
-    }
+    if (metric == KL) add_kl(teacher, student, wide, shift, total);
+    else add_jsd(rows, teacher, student, wide, total);
   }
   return metric == RANK ? static_cast<float>(above) : total.positive();
 }

@@ -166,6 +166,16 @@ SWITCHKD_INLINE Vec load_bfloat16(const uint16_t* from) {
   return (Floats)(__builtin_convertvector(half, Bits) << 16);
 }
 
+inline float widened(float x) { return x; }
+inline float widened(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+
+// Those of even columns, then those of odd: an instruction for a register, where order costs two.
+SWITCHKD_INLINE Twin load_twin(const uint16_t* from) {
+  Bits pairs;
+  std::memcpy(&pairs, from, sizeof pairs);
+  return {Vec((Floats)(pairs << 16)), Vec((Floats)(pairs & 0xFFFF0000u))};
+}
+
 SWITCHKD_INLINE Bits nearest_bfloat16(Bits x) {  // to nearest even; no NaN is ever stored
   return (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
 }
@@ -263,19 +273,6 @@ SWITCHKD_INLINE F exp_in_range(F x, float scale = 1.0f) {
   s = r * s + 4.9999231170e-1f * scale;
   s = r * s + scale;
   s = r * s + scale;
-  return scaled(s, shifted);
-}
-
-// EXP_SCALE e^x, whose polynomial has a leading coefficient of 1: two instructions less.
-constexpr float EXP_SCALE = 120.300498f;
-template <class F>
-SWITCHKD_INLINE F exp_scaled(F x) {
-  F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
-  F r = without(x, n);
-  F s = r * (r + 5.03941236f) + 20.0506222f;
-  s = r * s + 60.1493242f;
-  s = r * s + EXP_SCALE;
-  s = r * s + EXP_SCALE;
   return scaled(s, shifted);
 }
 
