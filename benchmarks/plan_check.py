@@ -6,9 +6,9 @@ Every row is at its limits: random ids, and a temperature at which hardly any re
 Memory is the peak of the process (VmHWM, reset before the first step) less what it had before the
 models were loaded, after a small training that loads and compiles what a training needs. malloc is
 told to hand every block over 128 KiB back to the system (MALLOC_MMAP_THRESHOLD_), because glibc's
-own rule keeps freed blocks, which no plan can know; `--allocator default` leaves it alone, to see
-how many. SWITCHKD_SMOLLM2 names the
-folder with SmolLM2-135M-Instruct.Q4_1.gguf; without it, its cases are left out.
+own rule keeps freed blocks, as many as chance will have it; `--allocator default` leaves it alone:
+the plan then adds what is kept in the median. SWITCHKD_SMOLLM2 names the folder with
+SmolLM2-135M-Instruct.Q4_1.gguf; without it, its cases are left out.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SMOLLM2 = {
     "student_layers": "0-11,18-29", "max_prompt_length": 64, "max_new_tokens": 48,
     "per_device_train_batch_size": 4, "max_steps": 2,
 }  # fmt: skip
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 CHECKPOINTING = {"gradient_checkpointing": True}
 LORA = {"use_peft": True, "lora_target_modules": "q_proj v_proj"}
 CASES = {
@@ -142,13 +143,14 @@ def check(name: str, options: dict, allocator: str) -> dict:
     from switchkd.plan import make_plan
     from switchkd.plan_speed import probe
 
+    for variable in RETURNED:
+        os.environ.pop(variable, None)
+    if allocator == "mmap":  # of the training, and the plan is to know
+        os.environ |= RETURNED
     device = probe("cpu")
     plan = make_plan(*parse(flags(options)), device, device.memory)
-    environment = dict(os.environ)
-    if allocator == "mmap":
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
     command = [sys.executable, __file__, "--child", json.dumps(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     got = json.loads(done.stdout.splitlines()[-1])

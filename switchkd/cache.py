@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from switchkd.attention import FLASH, ROWS, SERVED, attending, attention_for, row_mask
 from switchkd.layers import few_rows
-from switchkd.models import decoder_of, head_of
+from switchkd.models import cache_name, decoder_of, head_of
 
 
 class _Layer(CacheLayerMixin):
@@ -87,6 +87,7 @@ class CachedModel:
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
         self.groups = heads // shared if self.attention == ROWS else 1
+        self.cache_name = cache_name(self.decoder)
         self.cache = RowCache(config.num_hidden_layers, slots, capacity)
         self.device = model.device
         self.last_position = getattr(config, "max_position_embeddings", capacity) - 1
@@ -115,8 +116,8 @@ class CachedModel:
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
                 attention_mask=mask,
                 position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.cache_name: self.cache},
                 **extra,
             )
         return out.last_hidden_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model that ends in hidden states, below any adapter."""
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def cache_name(model) -> str:
+    """What a model's forward, and its output, call the cache: transformers 5.24 has renamed it."""
+    kind = type(model.get_base_model() if hasattr(model, "peft_config") else model)
+    names = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,13 +19,15 @@ from switchkd.train import peft_config
 
 @dataclass
 class Pair:
-    """Models of fake tensors. decoding: the student as it writes rollouts, the same or a copy."""
+    """Models of fake tensors. decoding: the student as it writes rollouts, the same or a copy.
+    small(role, n): a real one like "teacher", "student" or "decoding", at random, of n layers."""
 
     mode: FakeTensorMode
     student: nn.Module
     decoding: nn.Module
     teacher: nn.Module | None
     shared_base: bool  # the teacher is the student without its adapter
+    small: Callable[[str, int], nn.Module]
     notes: list[str]
 
     @property
@@ -71,7 +74,15 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
     for model in (student, teacher):
         if model is not None:
             check_lengths(model, [[0] * config.max_prompt_length], config.max_new_tokens)
-    return Pair(mode, student, decoding, teacher, shared, notes)
+
+    def small(role: str, layers: int) -> nn.Module:
+        if role == "teacher" and not shared:
+            return _skeleton(script, _cut(theirs, layers), their_dtype).eval().requires_grad_(False)
+        whole = replace(script, student_layers=None)
+        kind = decoding_dtype if role == "decoding" else dtype
+        return _student(whole, config, _cut(mine, layers), kind, trained=role == "student")
+
+    return Pair(mode, student, decoding, teacher, shared, small, notes)
 
 
 def to_fake(model: nn.Module) -> None:
@@ -113,6 +124,14 @@ def _dtype(name: str, config, gguf_file: str | None) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype: got {name!r}, expected float32, bfloat16, float16 or auto")
     return dtype
+
+
+def _cut(config, layers: int):
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
 
 
 def _skeleton(script: ScriptArguments, config, dtype: torch.dtype) -> nn.Module:

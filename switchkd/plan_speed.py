@@ -1,9 +1,9 @@
 """How long a step takes: counted operations over what a device can do.
 
 Each operation takes the longer of its FLOPs over the rate of matrix products and its bytes over the
-copy bandwidth (the roofline model), one after another. Both are measured here by a short probe; for
-a device that is not here they are data-sheet numbers, which no program reaches, so that the times
-are lower bounds.
+copy bandwidth (the roofline model), one after another. Both are measured here by a short probe, and
+passes of the models by some of few layers (`plan_probe`). For a device that is not here they are
+data-sheet numbers, which no program reaches, so that the times are lower bounds.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from switchkd import plan_probe
 from switchkd.cache import position_bytes
 from switchkd.doctor import copy_bandwidth, find_device, median_seconds
 from switchkd.plan_memory import Memory
 from switchkd.plan_meter import Op, decoding_pass
+from switchkd.plan_probe import BLOCK, Passes
 from switchkd.planner import GUESS
 
 GIB = 2**30
@@ -87,16 +89,12 @@ def rollout_seconds(memory: Memory, device: Device) -> float:
     rows, slots = config.lmbda * sizes.rows * sizes.accumulation, sizes.slots
     if rows == 0:
         return 0.0
-    reach = config.max_prompt_length + config.max_new_tokens / 2
     passes, prefill = {}, 0.0
-    with memory.pair.mode:
-        for role, model in memory.decoders.items():
-            cached = slots * reach * position_bytes(model) / device.bandwidth
-            one, many = (
-                device.seconds(decoding_pass(model, slots, k, logits=True).ops) for k in (1, 8)
-            )
-            passes[role] = {k: cached + one + (many - one) * (k - 1) / 7 for k in range(1, 9)}
-            prefill += device.seconds(memory.prefill[role].ops)
+    for role in memory.decoders:
+        times = _probed(memory, role, device) or _reckoned(memory, role, device)
+        each = (times.block - times.one) / (BLOCK - 1)
+        passes[role] = {k: times.one + each * (k - 1) for k in range(1, BLOCK + 1)}
+        prefill += times.prefill
     alone = "teacher" if config.rollout_policy == "teacher" else "student"
     if len(passes) == 1 or alone == "teacher":
         token = passes[alone][1]
@@ -110,6 +108,33 @@ def rollout_seconds(memory: Memory, device: Device) -> float:
     return turns * (prefill + config.max_new_tokens * token) + refresh
 
 
+def _probed(memory: Memory, role: str, device: Device) -> Passes | None:
+    if not device.measured or not plan_probe.fits(memory, role, device.memory):
+        return None
+    return plan_probe.decoding(memory, role, torch.device(device.name))
+
+
+def _reckoned(memory: Memory, role: str, device: Device) -> Passes:
+    model, slots = memory.decoders[role], memory.asked.slots
+    reach = memory.config.max_prompt_length + memory.config.max_new_tokens / 2
+    cached = slots * reach * position_bytes(model) / device.bandwidth
+    with memory.pair.mode:
+        one, block = (
+            cached + device.seconds(decoding_pass(model, slots, k, logits=True).ops)
+            for k in (1, BLOCK)
+        )
+    return Passes(one, block, device.seconds(memory.prefill[role].ops))
+
+
+def _slowdown(memory: Memory, device: Device) -> float:
+    """How many times as long as the roofline says the student's passes of training take."""
+    if not device.measured or not plan_probe.fits(memory, "student", device.memory):
+        return 1.0
+    phases = memory.micro_steps[0]
+    reckoned = sum(device.seconds(phases[f"student {x}"].ops) for x in ("forward", "backward"))
+    return plan_probe.training(memory, torch.device(device.name)) / reckoned
+
+
 def _round_seconds(passes: dict[str, dict[int, float]], drafter: str, k: int) -> float:
     """Of one token: k drafts and a pass over them, of which 1 + a + ... + a^(k-1) stand."""
     (other,) = set(passes) - {drafter}
@@ -121,8 +146,10 @@ def step_seconds(memory: Memory, device: Device) -> dict[str, float]:
     """Seconds of an optimizer step by part, with the sizes asked, every row at its limits."""
     config, sizes, times = memory.config, memory.asked, {}
     times["rollout"] = rollout_seconds(memory, device)
+    slowdown = _slowdown(memory, device)
     for name, phase in memory.micro_steps[0].items():
-        times[name] = sizes.accumulation * device.seconds(phase.ops)
+        factor = 1.0 if name == "loss" else slowdown
+        times[name] = factor * sizes.accumulation * device.seconds(phase.ops)
     if memory.keeps_hidden:  # only rows that were not rolled out
         times["teacher forward"] *= 1 - config.lmbda
     fixed = memory.fixed

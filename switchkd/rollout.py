@@ -22,6 +22,7 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
+from switchkd.models import cache_name
 from switchkd.policies import Policy, Student
 
 
@@ -134,15 +135,16 @@ class _Stream:
 
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Feed tokens (B, n); returns the logits (B, V) after the last one."""
+        name = cache_name(self.model)
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{name: self.cache},
         )
-        self.cache = out.past_key_values
+        self.cache = getattr(out, name)
         return out.logits[:, -1]
 
 

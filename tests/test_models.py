@@ -1,12 +1,16 @@
 """Shared tokenizers, padded vocabularies, cut layers, heads; refusals with the reason."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from torch import nn
 
+from switchkd.decoder import rollout
 from switchkd.losses import collate, distillation_loss, response_hidden, response_labels
 from switchkd.models import (
+    cache_name,
     check_weights,
     cut_layers,
     decoder_of,
@@ -17,6 +21,7 @@ from switchkd.models import (
     parse_layers,
     share_vocabulary,
 )
+from switchkd.rollout import rollout_naive
 
 SIZE = 258  # of the byte tokenizer
 
@@ -75,12 +80,24 @@ def test_cut_layers_runs_as_the_layers_that_are_left(architecture, tmp_path):
     cut_layers(model, "1")
     assert (getattr(decoder_of(model), "h", None) or decoder_of(model).layers)[0] is kept
     whole = model(ids, use_cache=True).logits
-    cache = model(ids[:, :2], use_cache=True).past_key_values
-    step = model(ids[:, 2:], past_key_values=cache, use_cache=True).logits
+    name = cache_name(model)
+    cache = getattr(model(ids[:, :2], use_cache=True), name)
+    step = model(ids[:, 2:], use_cache=True, **{name: cache}).logits
     torch.testing.assert_close(whole[:, 2:], step)
     model.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), dtype=torch.float64)
     torch.testing.assert_close(again(ids).logits, whole)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_caches_go_by_the_name_that_the_model_has_for_them(architecture):
+    model, bare = tiny_model(architecture), torch.nn.Linear(1, 1)
+    options = dict(max_new_tokens=3, eos_token_ids=[1], pad_token_id=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of a name that will not be there for long
+        block, naive = (f(None, model, [[3, 4]], **options) for f in (rollout, rollout_naive))
+    assert torch.equal(block.tokens, naive.tokens)
+    assert cache_name(bare) == "past_key_values"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

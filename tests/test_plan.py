@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,16 @@ from conftest import _config, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchkd import plan
+from switchkd import plan, plan_probe
 from switchkd.config import parse
-from switchkd.plan_memory import Memory, Sizes, optimizer_bytes, weight_bytes
+from switchkd.plan_memory import (
+    KEPT_BY_MALLOC,
+    RETURNS,
+    Memory,
+    Sizes,
+    optimizer_bytes,
+    weight_bytes,
+)
 from switchkd.plan_meter import Loss, Meter, Op, Shape, training_steps
 from switchkd.plan_models import build, to_fake
 from switchkd.plan_speed import DATA_SHEETS, Device, find, rollout_seconds, step_seconds
@@ -119,7 +127,8 @@ def test_fake_tensors_take_what_real_ones_take(cast, checkpointing):
 # ------------------------------------------------------------------------------- memory
 
 
-def test_weights_optimizer_and_caches_by_hand(folder):
+def test_weights_optimizer_and_caches_by_hand(folder, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     memory = memory_of(folder, student_layers="1", teacher_dtype="bfloat16")
     student, teacher = V * H + LAYER + H, V * H + L * LAYER + H  # tied head
     buffers = [weight_bytes(m) - sum(p.nbytes for p in m.parameters())
@@ -131,6 +140,7 @@ def test_weights_optimizer_and_caches_by_hand(folder):
         "student's copy for decoding": 0,
         "gradients": 4 * student,
         "optimizer state": 8 * student,
+        "freed and kept by malloc": 0,
     }
     position = 2 * SHARED * WIDTH
     rows, capacity = 3, 16 + 8 + 8  # prompt, response, a block drafted past its end
@@ -227,6 +237,18 @@ def test_the_suggestion_fits_and_a_larger_one_does_not(folder):
     assert memory.suggest(2**40) == Sizes(32, 1, 32)
 
 
+def test_what_malloc_keeps_is_counted_where_it_does(folder, monkeypatch):
+    for name in RETURNS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    default, gpu = memory_of(folder), memory_of(folder, gpu=True)
+    assert default.fixed["freed and kept by malloc"] == KEPT_BY_MALLOC
+    assert gpu.fixed["freed and kept by malloc"] == 0
+    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
+    other = memory_of(folder)
+    assert default.peak(default.asked) == other.peak(default.asked) + KEPT_BY_MALLOC
+
+
 # ------------------------------------------------------------------------------- time
 
 
@@ -251,6 +273,45 @@ def test_parts_of_a_step(folder):
         assert twice[name] == pytest.approx(2 * times[name])
     alone, both = memory_of(folder, rollout_policy="teacher"), memory_of(folder)
     assert 0 < rollout_seconds(alone, DEVICE) < rollout_seconds(both, DEVICE)
+
+
+def test_passes_are_extrapolated_from_small_models_where_the_device_is_here(folder, monkeypatch):
+    memory = memory_of(folder, student_layers="0-1", gradient_checkpointing=True, use_peft=True)
+    made, build_small = [], memory.pair.small
+
+    def small(role, layers):
+        model = build_small(role, layers)
+        made.append((role, plan_probe.layers_of(model), next(model.parameters()).dtype))
+        return model
+
+    memory.pair.small = small
+    seconds = iter([1.0, 2.0, 3.0, 1.5, 4.0, 3.0] * 2 + [10.0, 12.0])  # of one layer, of two
+    monkeypatch.setattr(plan_probe, "median_seconds", lambda run, *_: (run(), next(seconds))[1])
+    found = plan_probe.decoding(memory, "teacher", torch.device("cpu"))
+    assert found == plan_probe.Passes(1.5, 4.0, 3.0)
+    monkeypatch.setattr(plan_probe, "layers_of", lambda model: 5)
+    assert plan_probe.decoding(memory, "student", torch.device("cpu")) == plan_probe.Passes(
+        3, 10, 3
+    )
+    assert plan_probe.training(memory, torch.device("cpu")) == 18.0
+    assert [role for role, *_ in made] == ["teacher"] * 2 + ["decoding"] * 2 + ["student"] * 2
+
+
+def test_a_measured_device_is_probed(folder, monkeypatch):
+    memory, here = memory_of(folder), replace(DEVICE, name="cpu", measured=True)
+    calls = []
+    monkeypatch.setattr(
+        plan_probe, "decoding", lambda *a: calls.append(a[1]) or plan_probe.Passes(1.0, 1.0, 0.5)
+    )
+    monkeypatch.setattr(plan_probe, "training", lambda *a: calls.append("training") or 7.0)
+    times = step_seconds(memory, here)
+    assert sorted(calls) == ["student", "teacher", "training"]
+    assert times["student forward"] + times["student backward"] == pytest.approx(7.0)
+    # 8 tokens: at best, a round of 8 drafts and one pass over them
+    assert 1.0 + 8 < times["rollout"] < 1.0 + 2 * 8
+    assert times["loss"] == step_seconds(memory, DEVICE)["loss"] and len(calls) == 3
+    step_seconds(memory, replace(here, memory=1000))  # no room for a probe
+    assert len(calls) == 3
 
 
 def test_devices():
