@@ -238,6 +238,15 @@ def test_law_of_the_draws(top_p, min_p):
     assert not chi_square(counts, torch.softmax(kept * 2, -1).tolist())  # the test can fail
 
 
+@pytest.mark.parametrize(
+    "seed", [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+)
+def test_every_seed_is_64_bits(seed):
+    options = where(40, seed=seed)
+    got = sample(torch.zeros(40, 9, device=DEVICE), impl="triton", **options)
+    assert torch.equal(got.cpu(), sample(torch.zeros(40, 9), impl="reference", **options))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_small_row(data):
