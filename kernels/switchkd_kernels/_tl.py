@@ -108,9 +108,7 @@ def noise_words(seed, first, counter, STREAM: tl.constexpr, BLOCK: tl.constexpr)
     w1 = position.to(tl.uint32)
     w2 = sequence.to(tl.uint32)
     w3 = ((sequence >> 32) | (STREAM << 24)).to(tl.uint32)
-    key = seed.to(
-        tl.uint64
-    )  # Triton's interpreter takes an int of 32 bits for a negative one in >>
+    key = seed.to(tl.uint64)  # the interpreter's >> takes one of 2^31 to 2^32 for negative
     key0, key1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         a, b = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
