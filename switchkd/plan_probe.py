@@ -17,8 +17,9 @@ from switchkd.doctor import median_seconds
 from switchkd.models import decoder_of
 from switchkd.plan_memory import Memory, weight_bytes
 from switchkd.plan_meter import Shape
+from switchkd.planner import BLOCKS
 
-BLOCK = 8  # tokens a row in a long pass
+BLOCK = max(BLOCKS)  # tokens a row in a long pass
 REPEATS = 5
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from switchkd_kernels import InvalidLogits
@@ -131,20 +131,22 @@ class _Stream:
     """One model and its cache, fed with left-padded tokens."""
 
     model: torch.nn.Module
-    cache: object = field(default=None)
+    cache: object = None
+
+    def __post_init__(self):
+        self.cache_name = cache_name(self.model)  # once: a token takes long enough
 
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Feed tokens (B, n); returns the logits (B, V) after the last one."""
-        name = cache_name(self.model)
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{name: self.cache},
+            **{self.cache_name: self.cache},
         )
-        self.cache = getattr(out, name)
+        self.cache = getattr(out, self.cache_name)
         return out.logits[:, -1]
 
 

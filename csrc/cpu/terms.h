@@ -128,8 +128,8 @@ SWITCHKD_INLINE Vec least_bits(Vec a, Vec b) {
   return (Floats)_mm512_min_epu32((__m512i)a.v, (__m512i)b.v);
 }
 
-// What compares two rows: as the JSD is symmetric, the first is the one of the smaller sum, and both
-// are multiplied by that.
+// What compares two rows. The JSD is symmetric: the first is the one of the smaller sum, by which p
+// and q are multiplied, so that only the other has a logarithm to take off.
 struct JsdRows {
   int first;
   float top[2], logs, difference, scale;
@@ -157,16 +157,9 @@ struct JsdRows {
 
 // ------------------------------------------------------------------------------- polynomials
 
-// As exp_in_range, but for the powers of two: |r| <= ln(2) / 2, and a polynomial of degree 5.
 SWITCHKD_INLINE Product<Vec> exp_product(Vec x) {
-  const Vec shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
-  const Vec r = without(x, n);
-  Vec s = r * 8.3125175231e-3f + 4.1890203583e-2f;
-  s = r * s + 1.6667114821e-1f;
-  s = r * s + 4.9999231170e-1f;
-  s = r * s + 1.0f;
-  s = r * s + 1.0f;
-  return {power_of_two(shifted), s};
+  const Mantissa<Vec> e = exp_mantissa(x);
+  return {power_of_two(e.shifted), e.s};
 }
 
 // EXP_SCALE e^x, whose polynomial has a leading coefficient of 1: two instructions less.

@@ -261,11 +261,15 @@ SWITCHKD_INLINE Split<Both<V>> split(Both<V> w) {
   return {{a.power, b.power}, {a.f, b.f}};
 }
 
-// scale e^x to 2 ulp for -87 <= x <= 88 (4 ulp at the ends); anything else beyond. x = n ln 2 + r,
-// |r| <= ln(2) / 2, n by the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r), P of degree
-// 3 by minimax (1.05e-7 of e^r).
+// scale e^x = s 2^n to 2 ulp for -87 <= x <= 88 (4 ulp at the ends), n in the low bits of `shifted`.
+// x = n ln 2 + r, |r| <= ln(2) / 2, n by the addition of 1.5 2^23, which rounds; e^r = 1 + r + r^2 P(r),
+// P of degree 3 by minimax (1.05e-7 of e^r).
 template <class F>
-SWITCHKD_INLINE F exp_in_range(F x, float scale = 1.0f) {
+struct Mantissa {
+  F s, shifted;
+};
+template <class F>
+SWITCHKD_INLINE Mantissa<F> exp_mantissa(F x, float scale = 1.0f) {
   F shifted = x * 1.4426950408889634f + 12582912.0f, n = shifted - 12582912.0f;
   F r = without(x, n);
   F s = r * (8.3125175231e-3f * scale) + 4.1890203583e-2f * scale;
@@ -273,7 +277,12 @@ SWITCHKD_INLINE F exp_in_range(F x, float scale = 1.0f) {
   s = r * s + 4.9999231170e-1f * scale;
   s = r * s + scale;
   s = r * s + scale;
-  return scaled(s, shifted);
+  return {s, shifted};
+}
+template <class F>
+SWITCHKD_INLINE F exp_in_range(F x, float scale = 1.0f) {
+  const Mantissa<F> e = exp_mantissa(x, scale);
+  return scaled(e.s, e.shifted);
 }
 
 // e^x to 1.3 ulp for -87 <= x <= 88, 0 below (and for NaN). x = n ln 2 + r, |r| <= ln(2) / 2, n by
