@@ -41,6 +41,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # with the name of its build: cpu, cu130
     return found
 
 

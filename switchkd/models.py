@@ -84,6 +84,12 @@ def cache_name(model) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
+def checkpoint_activations(model, options: dict | None = None) -> None:
+    """Compute activations again in the backward pass; transformers has renamed the method, too."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options)
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns hidden states into logits: softcap(logit_scale * (h W^T + b))."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from switchkd.config import ScriptArguments, SwitchConfig
-from switchkd.models import cut_layers, disable_dropout, load_config
+from switchkd.models import checkpoint_activations, cut_layers, disable_dropout, load_config
 from switchkd.rollout import check_lengths
 from switchkd.train import peft_config
 
@@ -157,7 +157,5 @@ def _student(script, config: SwitchConfig, model_config, dtype, *, trained: bool
     if config.disable_dropout:
         disable_dropout(model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
-        )
+        checkpoint_activations(model, config.gradient_checkpointing_kwargs)
     return model.train()

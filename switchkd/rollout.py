@@ -152,7 +152,7 @@ class _Stream:
 
 def without_comparison(chosen: SwitchSelection, settled: Tensor) -> SwitchSelection:
     """The same where the teacher writes anyway: nothing was compared there."""
-    nothing = chosen.divergence.new_tensor(math.nan)
+    nothing = chosen.divergence.new_full((), math.nan)
     return chosen._replace(
         divergence=torch.where(settled, nothing, chosen.divergence),
         student_logprob=torch.where(settled, nothing, chosen.student_logprob),

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, DEVICE, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
-from switchkd import engine, graphs
+from switchkd import decoder, engine, graphs
 from switchkd.decoder import rollout
 from switchkd.engine import Engine
 from switchkd.planner import Planner
@@ -325,6 +325,34 @@ def test_graphs_on_a_gpu(name):
             assert kept.graphs.enabled and kept.graphs.captured
             pairs = zip(got.completions(), want.completions(), strict=True)
             assert sum(a == b for a, b in pairs) >= 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_round_waits_for_the_device_once(policy, monkeypatch):
+    """In `settle`, where it looks at what was written. All graphs are there: a capture waits."""
+    teacher, student = (model.to(DEVICE, torch.float32) for model in pair())
+    kept = Engine(teacher, student, block=3)
+    settle, run = decoder._Decoder.settle, decoder._Decoder.round
+
+    def looking(self, *args):
+        torch.cuda.set_sync_debug_mode("default")
+        return settle(self, *args)
+
+    def watched(self, limit):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(self, limit)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for filtered in (Sampling(), Sampling(top_p=0.9)):
+        with monkeypatch.context() as patched:
+            for _ in range(2):
+                rollout(teacher, student, prompts(), policy, sampling=filtered, engine=kept, **COMMON)
+                patched.setattr(decoder._Decoder, "settle", looking)
+                patched.setattr(decoder._Decoder, "round", watched)
 
 
 def test_nan_logits_are_refused_with_the_prompt_and_the_place():

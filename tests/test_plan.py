@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchkd import plan, plan_probe
 from switchkd.config import parse
+from switchkd.models import checkpoint_activations
 from switchkd.plan_memory import (
     KEPT_BY_MALLOC,
     RETURNS,
@@ -106,7 +107,7 @@ def test_fake_tensors_take_what_real_ones_take(cast, checkpointing):
         pair = [tiny_model(vocab_size=V, dtype=torch.float32).train() for _ in range(2)]
         pair[1].requires_grad_(False)
         if checkpointing:
-            pair[0].activation_checkpointing_enable()
+            checkpoint_activations(pair[0])
         return pair
 
     options = dict(count=2, teacher_runs=True, extra_text=False)

@@ -103,13 +103,18 @@ def has_nan(tensor: Tensor) -> bool:
     return any(map(math.isnan, tensor.reshape(-1).tolist()))
 
 
-def integers(name: str, value, limit: int, device: torch.device | None = None) -> Tensor:
-    """`value` (tensor, sequence or int) as an int64 tensor, each entry in [0, limit)."""
+def integers(
+    name: str, value, limit: int, device: torch.device | None = None, wait: bool = True
+) -> Tensor:
+    """`value` (tensor, sequence or int) as an int64 tensor, each entry in [0, limit).
+
+    Without `wait`, values that are on an accelerator already are not looked at.
+    """
     tensor = torch.as_tensor(value, device=device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
-    if tensor.numel():
+    if tensor.numel() and (wait or tensor.device.type == "cpu"):
         low, high = extremes(tensor)
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {low}..{high}")

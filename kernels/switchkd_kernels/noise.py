@@ -44,12 +44,13 @@ def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
-def _words(seed, sequence_ids, positions, stream, block, device=None) -> tuple[Tensor, ...]:
+def _words(seed, sequence_ids, positions, stream, blocks: range, device=None) -> tuple[Tensor, ...]:
     """Counter of every backend: v // 4, position, id & 0xffffffff, id >> 32 | stream << 24."""
     check.one_of("stream", stream, range(256))
-    ids = check.integers("sequence_ids", sequence_ids, 2**56, device).unsqueeze(-1)
-    position = check.integers("positions", positions, 2**32, ids.device).unsqueeze(-1)
-    return philox(seed, block.to(ids.device), position, ids & _MASK, (ids >> 32) | (stream << 24))
+    ids = check.integers("sequence_ids", sequence_ids, 2**56, device, wait=False).unsqueeze(-1)
+    position = check.integers("positions", positions, 2**32, ids.device, wait=False).unsqueeze(-1)
+    block = torch.arange(blocks.start, blocks.stop, device=ids.device)
+    return philox(seed, block, position, ids & _MASK, (ids >> 32) | (stream << 24))
 
 
 def uniform(seed: int, sequence_ids, positions, stream: int) -> Tensor:
@@ -58,7 +59,7 @@ def uniform(seed: int, sequence_ids, positions, stream: int) -> Tensor:
     (n + 1/2) 2^-23 with n the upper 23 bits of word 0 of block 0: exact in float32, never 0 or 1,
     symmetric about 1/2. (With 24 bits n + 1/2 would round, and reach 1.)
     """
-    word = _words(seed, sequence_ids, positions, stream, torch.zeros(1, dtype=torch.int64))[0]
+    word = _words(seed, sequence_ids, positions, stream, range(1))[0]
     return (word.squeeze(-1) >> 9).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
@@ -71,8 +72,8 @@ def gumbel(
     u = min((float32(x) + 1/2) 2^-32, 1 - 2^-24) and G = -log(-log1p(-u)): the small u, where
     float32 is dense, make the large G (up to 22.9) that decide a draw.
     """
-    block = torch.arange((vocab_size + 3) // 4, device=device)
-    words = _words(seed, sequence_ids, positions, stream, block, device)
+    blocks = range((vocab_size + 3) // 4)
+    words = _words(seed, sequence_ids, positions, stream, blocks, device)
     u = torch.stack(words, -1).to(torch.float32).flatten(-2)[..., :vocab_size]
     u.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
