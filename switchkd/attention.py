@@ -21,7 +21,7 @@ except ImportError:  # optional
     flash_attn_with_kvcache = None
 
 ROWS, FLASH = "switchkd_rows", "switchkd_flash"
-# What a model may have been loaded with; `eager` keeps its own function, and an additive mask.
+# What a model may have been loaded with; `eager` keeps its own function.
 SERVED = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -31,7 +31,8 @@ def _rows(module, query, key, value, attention_mask, scaling=None, softcap=None,
         raise ValueError(f"{type(module).__name__}: got a softcap in attention, expected none")
     batch, heads, count, width = query.shape
     folded = query.reshape(batch, key.shape[1], -1, width)
-    out = scaled_dot_product_attention(folded, key, value, attention_mask, scale=scaling)
+    mask = attention_mask.to(query.dtype)  # another only under autocast
+    out = scaled_dot_product_attention(folded, key, value, mask, scale=scaling)
     return out.reshape(batch, heads, count, -1).transpose(1, 2).contiguous(), None
 
 
@@ -51,9 +52,13 @@ for _name, _function in ((ROWS, _rows), (FLASH, _flash)):
     AttentionInterface.register(_name, _function)
 
 
-def row_mask(positions: Tensor, reach: int, groups: int) -> Tensor:
-    """(b, 1, groups * q, reach) bool: which cache entries a query at positions (b, q) sees."""
-    mask = torch.arange(reach, device=positions.device) <= positions[:, None, :, None]
+def row_mask(positions: Tensor, reach: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """(b, 1, groups * q, reach): 0 where a query at positions (b, q) sees a cache entry, else -inf.
+
+    Added to the scores. Every layer would make the same of a mask of bools, for itself.
+    """
+    unseen = torch.arange(reach, device=positions.device) > positions[:, None, :, None]
+    mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
     return mask.repeat(1, 1, groups, 1) if groups > 1 else mask
 
 

@@ -107,10 +107,7 @@ class CachedModel:
         if self.attention == FLASH:
             mask, extra["cache_seqlens"] = None, (lengths + count).int()
         else:
-            mask = row_mask(positions, reach, self.groups)
-        if self.attention == "eager":  # adds its mask
-            dtype = self.model.dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            mask = row_mask(positions, reach, self.groups, self.model.dtype)
         with attending(self.config, self.attention), few_rows(self.device):
             out = self.decoder(
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
@@ -131,6 +128,12 @@ class CachedModel:
         if self.head.softcap is not None:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
         return z
+
+
+def capacity_for(longest_prompt: int, max_new_tokens: int, block: int) -> int:
+    """Positions of a row: a block may be drafted past the end of a response, never past its place
+    in the cache. A multiple of 16: masks of another length would be padded in every layer."""
+    return -(-(longest_prompt + max_new_tokens + block) // 16) * 16
 
 
 def position_bytes(model: nn.Module) -> int:

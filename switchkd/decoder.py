@@ -25,6 +25,7 @@ from switchkd_kernels import InvalidLogits, sample, switch_select
 from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
 from torch import Tensor, nn
 
+from switchkd.cache import capacity_for
 from switchkd.engine import Engine
 from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
@@ -72,18 +73,18 @@ class _Decoder:
         if rows > n:
             tokens = torch.cat([tokens, tokens.new_zeros(rows - n, tokens.shape[1])])
 
-        def step(tokens: Tensor, length: Tensor, position: Tensor, sequence: Tensor):
+        def step(tokens: Tensor, length: Tensor, prompt: Tensor, sequence: Tensor):
             hidden = model.feed(tokens, length, reach)
             logits = model.logits(hidden)
             if not draw:
                 return logits, hidden
-            return logits, hidden, self.draw(role, logits[:, -1], position, sequence)
+            return logits, hidden, self.draw(role, logits[:, -1], length - prompt, sequence)
 
         # A guess may come from anywhere; SKD's teacher guesses what the student would write.
-        length, position = column["length"] + more, column["length"] - column["prompt"] + more
-        self.asked = position[:n]
+        length = column["length"] + more
+        self.asked = lambda row: (row, length[row] - column["prompt"][row])
         kind = (role, reach, draw, self.sampling, self.vocab_size)
-        out = self.graphs.call(kind, step, tokens, length, position, column["sequence"])
+        out = self.graphs.call(kind, step, tokens, length, column["prompt"], column["sequence"])
         return tuple(x[:n] for x in out)
 
     def draft(self, role: str, count: int):
@@ -168,8 +169,8 @@ class _Decoder:
 
     def locate(self, error: InvalidLogits) -> None:
         """Tell the prompt, and in the message the token, where a row of logits was invalid."""
-        slot = error.row // (self.asked.numel() // self.slots.n)
-        where = int(self.asked.reshape(-1)[error.row]), int(self.slots.sequence[slot])
+        slot, position = self.asked(error.row)
+        where = int(position), int(self.slots.sequence[slot])
         error.row = int(self.slots.job[slot])
         error.args = (f"token {where[0]} of sequence {where[1]}: {error}",)
 
@@ -207,7 +208,8 @@ class _Decoder:
                 logits[role], hidden[role] = self.verify(role, draft)
                 if len(logits) == 1 and self.graphs.enabled:  # the next call reuses the memory
                     logits[role], hidden[role] = logits[role].clone(), hidden[role].clone()
-        self.asked, ids = positions, self.slots.sequence[:, None].expand(positions.shape)
+        self.asked = lambda row: (row // k, positions[row // k, row % k])
+        ids = self.slots.sequence[:, None].expand(positions.shape)
         with self.engine.timed("decide", k):
             if only is None:
                 drafter = "history" if k == 1 else drafter  # neither model's token is known
@@ -328,8 +330,7 @@ def rollout(
         check_lengths(model, prompts, max_new_tokens)
         model.eval()
     start, device = time.perf_counter(), student.device
-    # A block may be drafted past the end of a response, never past its place in the cache.
-    capacity = max(map(len, prompts)) + max_new_tokens + max(engine.planner.blocks)
+    capacity = capacity_for(max(map(len, prompts)), max_new_tokens, max(engine.planner.blocks))
     count = engine.prepare(min(batch_size or len(prompts), len(prompts)), capacity)
     slots = Slots(engine.slots, policy, device)
     record = Record(len(prompts), max_new_tokens, pad_token_id, device)

@@ -12,7 +12,7 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels.linear_divergence_loss import CHUNK_BYTES
 from torch import nn
 
-from switchkd.cache import position_bytes
+from switchkd.cache import capacity_for, position_bytes
 from switchkd.config import SwitchConfig
 from switchkd.models import decoder_of
 from switchkd.plan_meter import (
@@ -140,9 +140,9 @@ class Memory:
 
     def caches(self, slots: int) -> dict[str, int]:
         config = self.config
-        capacity = config.max_prompt_length + config.max_new_tokens + max(self.blocks)
+        given = config.max_prompt_length, config.max_new_tokens, max(self.blocks)
         return {
-            f"{role}'s cache": slots * capacity * position_bytes(model)
+            f"{role}'s cache": slots * capacity_for(*given) * position_bytes(model)
             for role, model in self.decoders.items()
         }
 

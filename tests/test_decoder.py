@@ -8,6 +8,7 @@ from conftest import ARCHITECTURES, DEVICE, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
 from switchkd import decoder, engine, graphs
+from switchkd.cache import capacity_for
 from switchkd.decoder import rollout
 from switchkd.engine import Engine
 from switchkd.planner import Planner
@@ -264,7 +265,7 @@ def test_what_does_not_fit_into_memory_is_split_or_refused(monkeypatch, caplog):
     policy, asked = Switch(max_new_tokens=T), prompts()
     want = rollout_naive(teacher, student, asked, policy, **COMMON)
     # 2 layers, 2 key heads of width 8, keys and values, float64: 512 bytes a position and model.
-    capacity = max(map(len, asked)) + T + 4
+    capacity = capacity_for(max(map(len, asked)), T, 4)
     monkeypatch.setattr(engine, "free_bytes", lambda device: int(2.5 * 1024 * capacity / 0.9))
     assert_same(rollout(teacher, student, asked, policy, block=4, **COMMON), want)
     assert "decoding 2 rows at once instead of 7" in caplog.text
@@ -350,7 +351,9 @@ def test_a_round_waits_for_the_device_once(policy, monkeypatch):
     for filtered in (Sampling(), Sampling(top_p=0.9)):
         with monkeypatch.context() as patched:
             for _ in range(2):
-                rollout(teacher, student, prompts(), policy, sampling=filtered, engine=kept, **COMMON)
+                rollout(
+                    teacher, student, prompts(), policy, sampling=filtered, engine=kept, **COMMON
+                )
                 patched.setattr(decoder._Decoder, "settle", looking)
                 patched.setattr(decoder._Decoder, "round", watched)
 
