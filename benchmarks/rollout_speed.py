@@ -40,6 +40,7 @@ from switchkd.cache import position_bytes
 from switchkd.config import POLICIES, SwitchConfig
 from switchkd.decoder import rollout
 from switchkd.doctor import processor_name
+from switchkd.engine import Engine
 from switchkd.rollout import Rollout, rollout_naive
 
 PLANS = {
@@ -94,8 +95,9 @@ class Bench:
             "eos_token_ids": [],
         }
         teacher, student = pair.teacher, pair.student
-        if decoder in PLANS:
-            return lambda: rollout(teacher, student, prompts, **PLANS[decoder], **given)
+        if decoder in PLANS:  # caches, graphs and what was learnt are kept, as in training
+            engine = Engine(teacher, student, **PLANS[decoder])
+            return lambda: rollout(teacher, student, prompts, engine=engine, **given)
         if decoder.startswith("hf"):
             model = student if decoder == "hf student" else teacher
             return lambda: generate(model, prompts, count, pad)

@@ -223,6 +223,7 @@ class _Decoder:
 
     def round(self, limit: int) -> list[int]:
         """One round of at most `limit` tokens for the rows at work; the slots that are finished."""
+        start = time.perf_counter()
         slots, place, n = self.slots, self.slots.mean_position(), self.slots.n
         only = "teacher" if all(slots.settled[:n]) else None
         if "teacher" not in self.models:
@@ -258,15 +259,15 @@ class _Decoder:
             looks["strays"] = (strays & kept).any(1)
         slots.last.copy_(chosen.token.gather(1, last)[:, 0])
         slots.length.add_(gained)
-        return self.settle(looks, drafter, k, only, place)
+        return self.settle(looks, drafter, k, only, place, start)
 
-    def settle(self, looks: dict, drafter: str, k: int, only: str | None, place: float):
-        """Take note of a round on the host."""
+    def settle(self, looks, drafter: str, k: int, only: str | None, place: float, start: float):
+        """Take note, on the host, of a round that began at `start`."""
         slots = self.slots
         # the one look of a round at the device
         rows = torch.stack([x.long() for x in looks.values()]).tolist()
         host = dict(zip(looks, rows, strict=True))
-        self.engine.tell()
+        self.engine.tell(start)
         if any(host["undefined"]):
             row = host["undefined"].index(1) * k
             raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)

@@ -104,11 +104,15 @@ class Engine:
         event.record(self.stream)
         return event
 
-    def tell(self) -> None:
-        """Tell the planner all times, once the device is known to be through with them."""
-        for what, count, start, end in self.spans:
-            gpu = self.device.type == "cuda"
-            self.planner.took(what, count, start.elapsed_time(end) / 1e3 if gpu else end - start)
+    def tell(self, start: float) -> None:
+        """Tell the planner all times of the round that began at `start`, once the device is known
+        to be through with it."""
+        rest, gpu = time.perf_counter() - start, self.device.type == "cuda"
+        for what, count, begin, end in self.spans:
+            seconds = begin.elapsed_time(end) / 1e3 if gpu else end - begin
+            self.planner.took(what, count, seconds)
+            rest -= seconds
+        self.planner.took("rest", 1, max(rest, 0.0))
         self.spans.clear()
 
 

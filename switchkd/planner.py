@@ -1,13 +1,15 @@
 """Who drafts, and how many tokens: the cheapest choice by measured times and measured acceptance.
 
 A round of k drafts costs k passes of the drafter (none if they come from an earlier completion) and
-one pass over k positions of each other model that is needed, and is expected to yield
-1 + a + ... + a^(k-1) tokens, a being the share of drafts that turn out right. One draft is the
-naive step, so the planner never does worse than that on what it has measured.
+one pass over k positions of each other model that is needed, the decision and the rest of a round,
+and is expected to yield 1 + a + ... + a^(k-1) tokens, a being the share of drafts that turn out
+right. One draft is the naive step, so the planner never does worse than that on what it has
+measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 BLOCKS = (1, 2, 3, 4, 6, 8)
@@ -16,6 +18,7 @@ MEMORY = 0.9  # weight of what was seen before, each time something is seen
 GUESS = 0.5  # how often a draft is right where the other model writes, before any was seen
 WEIGHT = 4.0  # of that guess, in drafts
 SLOPE = {"cpu": 0.5}  # what a further position adds to a pass, before it was measured; else 0.1
+OUTLIER = 4.0  # times what was measured before: no more is believed at once
 DRAFTERS = ("student", "teacher", "history")
 
 
@@ -39,21 +42,25 @@ class Planner:
             raise ValueError(f"drafter: got {drafter!r}, expected one of {DRAFTERS}, or None")
         self.blocks = BLOCKS if block is None else (block,)
         self.drafters = DRAFTERS if drafter is None else (drafter,)
-        self.seconds: dict[str, dict[int, float]] = {"teacher": {}, "student": {}, "decide": {}}
+        # By count: seconds, and how often that was measured.
+        self.seconds = {"teacher": {}, "student": {}, "decide": {}, "rest": {}}
         self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
-            self.seconds[role][1] = cost
+            self.seconds[role][1] = cost, 2
         # By bucket: how many drafts were right of how many, and whose tokens were written.
         self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in DRAFTERS}
         self.writers = defaultdict(lambda: [0.0, 0.0])
 
     def took(self, what: str, count: int, seconds: float) -> None:
-        """A pass of a model, or a decision, over `count` positions of each row was timed."""
+        """A pass of a model, or a decision, over `count` positions of each row was timed, or the
+        rest of a round (count 1)."""
         if not self.measures:
             return
-        known = self.seconds[what].get(count)
-        first = known is None or seconds < known / 2  # the first pass pays for allocations
-        self.seconds[what][count] = seconds if first else MEMORY * known + (1 - MEMORY) * seconds
+        known, times = self.seconds[what].get(count, (seconds, 0))
+        # A first pass may have captured a graph or compiled a kernel: a hundred times the work.
+        if seconds >= known / 2:
+            seconds = MEMORY * known + (1 - MEMORY) * min(seconds, OUTLIER * known)
+        self.seconds[what][count] = seconds, times + 1
 
     def saw(self, drafter: str, position: float, right: int, total: int) -> None:
         """Of `total` drafts around `position` whose prefix stood, `right` were right."""
@@ -87,16 +94,19 @@ class Planner:
         return 0.0, 0.0
 
     def cost(self, what: str, count: int) -> float:
-        """Seconds of a pass over `count` positions: measured, or along the line through the two
-        nearest counts that were."""
+        """Seconds of a pass over `count` positions: as measured more than once, or along the line
+        through the two nearest counts that were, if one measurement does not say less."""
         known = self.seconds[what]
-        if count in known or not known:
-            return known.get(count, 0.0)
-        a, *rest = sorted(known, key=lambda other: abs(other - count))
-        slope = self.slope * known[a] / a
+        once, times = known.get(count, (math.inf, 0))
+        if times > 1 or not known:
+            return once if known else 0.0
+        sure = {c: seconds for c, (seconds, times) in known.items() if times > 1}
+        sure = sure or {c: seconds for c, (seconds, _) in known.items()}
+        a, *rest = sorted(sure, key=lambda other: abs(other - count))
+        slope = self.slope * sure[a] / a
         if rest:
-            slope = max((known[rest[0]] - known[a]) / (rest[0] - a), 0.0)
-        return max(known[a] + slope * (count - a), 0.1 * known[a])
+            slope = max((sure[rest[0]] - sure[a]) / (rest[0] - a), 0.0)
+        return min(once, max(sure[a] + slope * (count - a), 0.1 * sure[a]))
 
     def choose(
         self,
@@ -119,7 +129,7 @@ class Planner:
             needed = {"teacher"} if settled else {"teacher", "student"}
             seconds = sum(self.cost(role, k) for role in needed - {drafter})
             seconds += k * self.cost(drafter, 1) if drafter != "history" else 0.0
-            seconds += 0.0 if settled else self.cost("decide", k)
+            seconds += self.cost("rest", 1) + (0.0 if settled else self.cost("decide", k))
             rate = 1.0 if needed == {drafter} else self.acceptance(drafter, position)
             expected = sum(rate**i for i in range(k))
             if drafter == "history":  # a row that has left it still gains a token

@@ -406,6 +406,19 @@ def test_the_planner_picks_what_is_cheapest():
     even.saw("teacher", 0, right=99, total=100)
     assert even.choose(0, 8) == ("teacher", 8)
     assert Planner(block=4, drafter="teacher").choose(0, 8) == ("teacher", 4)
+    # A pass that captured a graph, and a decision that compiled a kernel, are soon forgotten.
+    for what, first, usual in (
+        ("teacher", 900.0, 1.0),
+        ("student", 500.0, 0.1),
+        ("decide", 2e3, 0.1),
+    ):
+        for seconds in (first, usual, usual):
+            even.took(what, 1, seconds)
+        even.took(what, 4, first)
+        assert even.cost(what, 4) < 4 * usual
+        even.took(what, 4, usual)
+        even.took(what, 4, first)
+        assert even.cost(what, 4) < 2 * usual
     # No student needed: the teacher alone, or with drafts of a student that is much cheaper.
     alone = Planner(costs={"teacher": 1.0, "student": 1.0})
     assert alone.choose(0, 8, settled=True) == ("teacher", 1)
