@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchkd import decoder as block_decoder
 from switchkd import rollout as naive_decoder
+from switchkd.models import last_position
 
 
 class Meter:
@@ -124,7 +125,7 @@ class NoCache:
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=last_position(input_ids.device),
         )
         return SimpleNamespace(logits=out.logits, past_key_values=None)
 

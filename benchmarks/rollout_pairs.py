@@ -39,6 +39,7 @@ CERTAINTY = 25.0  # nats between one follower and all other tokens: no divergenc
 OUTPUTS = ("c_proj", "out_proj", "fc2", "o_proj", "down_proj")  # what a layer adds to the stream
 SHARE, AGREEMENT = (0.45, 0.55), (0.55, 0.65)
 LENGTH, ROWS, TRIALS = 128, 8, 16  # of a trial rollout; how many are tried
+SLICE = 2**14  # tokens whose rows of the embedding and the head are written at once
 
 
 class Knobs(NamedTuple):
@@ -284,10 +285,12 @@ def write(model: nn.Module, table: Tensor, class_of: Tensor) -> None:
     # Orthogonal, of mean 0 and length sqrt(width): the last norm, of either kind, keeps them.
     raw = torch.randn(width, len(table), generator=torch.Generator().manual_seed(width))
     vectors = torch.linalg.qr(raw - raw.mean(0)).Q.t() * width**0.5
-    vectors = vectors.to(head.device)
-    embedding[:vocab] = vectors[class_of.to(head.device)].to(embedding.dtype)
+    vectors, table, class_of = (x.to(head.device) for x in (vectors, table, class_of))
     head.zero_()
-    head[:vocab] = (table.to(head.device).t() @ vectors / width).to(head.dtype)
+    for first in range(0, vocab, SLICE):  # all at once they would take as much as the teacher
+        part = slice(first, min(first + SLICE, vocab))
+        embedding[part] = vectors[class_of[part]].to(embedding.dtype)
+        head[part] = (table[:, part].t() @ vectors / width).to(head.dtype)
 
 
 @torch.no_grad()

@@ -84,6 +84,15 @@ def cache_name(model) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
+def last_position(device: torch.device) -> int | Tensor:
+    """`logits_to_keep` for logits of the last position alone.
+
+    On a CPU as an index: of a slice, torch multiplies row by row with copies of a head that is in
+    a half precision, which takes 150 times as long.
+    """
+    return torch.tensor([-1]) if device.type == "cpu" else 1
+
+
 def checkpoint_activations(model, options: dict | None = None) -> None:
     """Compute activations again in the backward pass; transformers has renamed the method, too."""
     new = getattr(model, "activation_checkpointing_enable", None)

@@ -22,7 +22,7 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
-from switchkd.models import cache_name
+from switchkd.models import cache_name, last_position
 from switchkd.policies import Policy, Student
 
 
@@ -143,7 +143,7 @@ class _Stream:
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last_position(tokens.device),
             **{self.cache_name: self.cache},
         )
         self.cache = getattr(out, self.cache_name)
