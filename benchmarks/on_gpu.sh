@@ -20,7 +20,7 @@ case $part in
 check)
   kernels=(tests/test_triton_switch_select.py tests/test_sample_triton.py
     tests/test_triton_divergence.py tests/test_triton_linear.py tests/test_native_cuda.py)
-  python -m pytest -q --maxfail=20 "${kernels[@]}" tests/test_decoder.py tests/test_cache.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  python -m pytest -q --maxfail=20 "${kernels[@]}" tests/test_decoder.py tests/test_decoder_graphs.py tests/test_cache.py 2>&1 | tee "$out/tests.txt" | tail -n 40
   python -m switchkd.doctor --json "$out/doctor.json" 2>&1 | tee "$out/doctor.txt"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

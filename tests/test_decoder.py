@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, DEVICE, EOS, PAD, VOCAB, tiny_model
+from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
-from switchkd import decoder, engine, graphs
+from switchkd import engine
 from switchkd.cache import capacity_for
 from switchkd.decoder import rollout
 from switchkd.engine import Engine
@@ -274,90 +274,6 @@ def test_what_does_not_fit_into_memory_is_split_or_refused(monkeypatch, caplog):
         rollout(teacher, student, asked, policy, block=4, **COMMON)
 
 
-def test_graphs_write_what_calls_write(monkeypatch):
-    """With what a graph does to memory: fixed places for what goes in, and what comes out is lost
-    at the next replay of any graph. Batches and lengths are padded as for graphs."""
-    teacher, student = pair()
-    outputs = []
-
-    def capture(self, function, places):
-        mine = [x.clone() for x in function(*places)]
-        outputs.append(mine)
-
-        def replay():
-            for other in (x for entry in outputs for x in entry):
-                other.fill_(float("nan") if other.is_floating_point() else 3)
-            for place, value in zip(mine, function(*places), strict=True):
-                place.copy_(value)
-
-        return replay, places, mine
-
-    monkeypatch.setattr(graphs.Graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "REACH", 8)
-    for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3)):
-        want = rollout_naive(teacher, student, prompts(), policy, **COMMON)
-        for drafter in ("student", "teacher", "history"):
-            kept = Engine(teacher, student, block=3, drafter=drafter)
-            for _ in range(2):  # the second time all graphs are there
-                kept.graphs.enabled = True
-                got = rollout(
-                    teacher, student, prompts(), policy, batch_size=5, engine=kept,
-                    history=want.completions(), **COMMON,
-                )  # fmt: skip
-                assert_same(got, want)
-                kinds = len(kept.graphs.captured)
-            assert len(kept.graphs.captured) == kinds > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_graphs_on_a_gpu(name):
-    """In float32, where near-ties may fall otherwise."""
-    teacher, student = (model.to(DEVICE, torch.float32) for model in pair(name))
-    for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3), SKD(3)):
-        want = rollout_naive(teacher, student, prompts(), policy, **COMMON)
-        for drafter in ("student", "teacher", "history"):
-            kept = Engine(teacher, student, block=3, drafter=drafter)
-            got = rollout(
-                teacher, student, prompts(), policy, batch_size=5, engine=kept,
-                history=want.completions(), **COMMON,
-            )  # fmt: skip
-            assert kept.graphs.enabled and kept.graphs.captured
-            pairs = zip(got.completions(), want.completions(), strict=True)
-            assert sum(a == b for a, b in pairs) >= 6
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_round_waits_for_the_device_once(policy, monkeypatch):
-    """In `settle`, where it looks at what was written. All graphs are there: a capture waits."""
-    teacher, student = (model.to(DEVICE, torch.float32) for model in pair())
-    kept = Engine(teacher, student, block=3)
-    settle, run = decoder._Decoder.settle, decoder._Decoder.round
-
-    def looking(self, *args):
-        torch.cuda.set_sync_debug_mode("default")
-        return settle(self, *args)
-
-    def watched(self, limit):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return run(self, limit)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    for filtered in (Sampling(), Sampling(top_p=0.9)):
-        with monkeypatch.context() as patched:
-            for _ in range(2):
-                rollout(
-                    teacher, student, prompts(), policy, sampling=filtered, engine=kept, **COMMON
-                )
-                patched.setattr(decoder._Decoder, "settle", looking)
-                patched.setattr(decoder._Decoder, "round", watched)
-
-
 def test_nan_logits_are_refused_with_the_prompt_and_the_place():
     teacher, student = pair()
     with torch.no_grad():  # the token is fed, and the next position is undefined
@@ -386,47 +302,3 @@ def test_refusals_say_what_was_got():
         rollout(None, student, [[3]], Switch(max_new_tokens=T), **COMMON)
     with pytest.raises(ValueError, match="128"):
         rollout(teacher, student, [[3] * 120], Switch(max_new_tokens=T), **COMMON)
-
-
-def test_the_planner_picks_what_is_cheapest():
-    dear_teacher = Planner()
-    for role, one, four in (("teacher", 10.0, 11.0), ("student", 1.0, 1.2)):
-        dear_teacher.took(role, 1, one)
-        dear_teacher.took(role, 4, four)
-    dear_teacher.saw("student", 0, right=90, total=100)
-    assert dear_teacher.choose(0, 8) == ("student", 8)
-    assert dear_teacher.choose(0, 3) == ("student", 3)  # no more than there is to write
-    dear_teacher.saw("student", 20, right=0, total=10**6)  # drafts turned useless
-    assert dear_teacher.choose(20, 8)[1] == 1
-    even = Planner()
-    for role in ("teacher", "student"):
-        even.took(role, 1, 1.0)
-        even.took(role, 8, 1.1)
-    even.saw("student", 0, right=1, total=100)
-    even.saw("teacher", 0, right=99, total=100)
-    assert even.choose(0, 8) == ("teacher", 8)
-    assert Planner(block=4, drafter="teacher").choose(0, 8) == ("teacher", 4)
-    # A pass that captured a graph, and a decision that compiled a kernel, are soon forgotten.
-    for what, first, usual in (
-        ("teacher", 900.0, 1.0),
-        ("student", 500.0, 0.1),
-        ("decide", 2e3, 0.1),
-    ):
-        for seconds in (first, usual, usual):
-            even.took(what, 1, seconds)
-        even.took(what, 4, first)
-        assert even.cost(what, 4) < 4 * usual
-        even.took(what, 4, usual)
-        even.took(what, 4, first)
-        assert even.cost(what, 4) < 2 * usual
-    # No student needed: the teacher alone, or with drafts of a student that is much cheaper.
-    alone = Planner(costs={"teacher": 1.0, "student": 1.0})
-    assert alone.choose(0, 8, settled=True) == ("teacher", 1)
-    cheap = Planner(costs={"teacher": 1.0, "student": 0.01})
-    assert cheap.choose(0, 8, settled=True)[0] == "student"
-    assert cheap.choose(0, 8, settled=True, student_follows=False) == ("teacher", 1)
-    # An earlier completion costs no draft, and is of use to the rows that follow it.
-    past = Planner(costs={"teacher": 1.0, "student": 0.9})
-    past.saw("history", 0, right=99, total=100)
-    assert past.choose(0, 8, along=1.0)[0] == "history"
-    assert past.choose(0, 8, along=0.01)[0] != "history"
