@@ -55,7 +55,8 @@ for _name, _function in ((ROWS, _rows), (FLASH, _flash)):
 def row_mask(positions: Tensor, reach: int, groups: int, dtype: torch.dtype) -> Tensor:
     """(b, 1, groups * q, reach): 0 where a query at positions (b, q) sees a cache entry, else -inf.
 
-    Added to the scores. Every layer would make the same of a mask of bools, for itself.
+    Added to the scores; no row of it is all -inf, for the first entry is always seen. Every layer
+    would make the same of a mask of bools, for itself.
     """
     unseen = torch.arange(reach, device=positions.device) > positions[:, None, :, None]
     mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)

@@ -259,15 +259,16 @@ class _Decoder:
             looks["strays"] = (strays & kept).any(1)
         slots.last.copy_(chosen.token.gather(1, last)[:, 0])
         slots.length.add_(gained)
-        return self.settle(looks, drafter, k, only, place, start)
+        finished = self.settle(looks, drafter, k, only, place)
+        self.engine.tell(start)
+        return finished
 
-    def settle(self, looks, drafter: str, k: int, only: str | None, place: float, start: float):
-        """Take note, on the host, of a round that began at `start`."""
+    def settle(self, looks: dict, drafter: str, k: int, only: str | None, place: float):
+        """Take note of a round on the host: the slots that are finished."""
         slots = self.slots
         # the one look of a round at the device
         rows = torch.stack([x.long() for x in looks.values()]).tolist()
         host = dict(zip(looks, rows, strict=True))
-        self.engine.tell(start)
         if any(host["undefined"]):
             row = host["undefined"].index(1) * k
             raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)

@@ -58,6 +58,7 @@ class Engine:
         """
         if not self.planner.measures:
             self.planner = Planner(*self.plan)
+        self.spans.clear()  # of a round that an error ended
         if self.device.type == "cuda":  # to ask at every event costs as much as to record it
             self.stream = torch.cuda.current_stream(self.device)
         if rows > self.asked or capacity > self.capacity:

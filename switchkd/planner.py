@@ -46,7 +46,7 @@ class Planner:
         self.seconds = {"teacher": {}, "student": {}, "decide": {}, "rest": {}}
         self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
-            self.seconds[role][1] = cost, 2
+            self.seconds[role][1] = cost, 2  # as if it had been measured twice
         # By bucket: how many drafts were right of how many, and whose tokens were written.
         self.accepted = {role: defaultdict(lambda: [0.0, 0.0]) for role in DRAFTERS}
         self.writers = defaultdict(lambda: [0.0, 0.0])
@@ -58,7 +58,7 @@ class Planner:
             return
         known, times = self.seconds[what].get(count, (seconds, 0))
         # A first pass may have captured a graph or compiled a kernel: a hundred times the work.
-        if seconds >= known / 2:
+        if 0 < known <= 2 * seconds:
             seconds = MEMORY * known + (1 - MEMORY) * min(seconds, OUTLIER * known)
         self.seconds[what][count] = seconds, times + 1
 
@@ -97,9 +97,11 @@ class Planner:
         """Seconds of a pass over `count` positions: as measured more than once, or along the line
         through the two nearest counts that were, if one measurement does not say less."""
         known = self.seconds[what]
+        if not known:
+            return 0.0
         once, times = known.get(count, (math.inf, 0))
-        if times > 1 or not known:
-            return once if known else 0.0
+        if times > 1:
+            return once
         sure = {c: seconds for c, (seconds, times) in known.items() if times > 1}
         sure = sure or {c: seconds for c, (seconds, _) in known.items()}
         a, *rest = sorted(sure, key=lambda other: abs(other - count))

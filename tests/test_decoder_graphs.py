@@ -86,11 +86,11 @@ def test_a_round_waits_for_the_device_once(policy, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    for filtered in (Sampling(), Sampling(top_p=0.9)):
+    for sampling in (Sampling(), Sampling(top_p=0.9)):
         with monkeypatch.context() as patched:
             for _ in range(2):
                 rollout(
-                    teacher, student, prompts(), policy, sampling=filtered, engine=kept, **COMMON
+                    teacher, student, prompts(), policy, sampling=sampling, engine=kept, **COMMON
                 )
                 patched.setattr(decoder._Decoder, "settle", looking)
                 patched.setattr(decoder._Decoder, "round", watched)

@@ -34,6 +34,9 @@ def test_the_planner_picks_what_is_cheapest():
         even.took(what, 4, usual)
         even.took(what, 4, first)
         assert even.cost(what, 4) < 2 * usual
+    even.took("rest", 1, 0.0)  # by clocks that do not agree to the last digit
+    even.took("rest", 1, 0.5)
+    assert even.cost("rest", 1) == 0.5
     # No student needed: the teacher alone, or with drafts of a student that is much cheaper.
     alone = Planner(costs={"teacher": 1.0, "student": 1.0})
     assert alone.choose(0, 8, settled=True) == ("teacher", 1)

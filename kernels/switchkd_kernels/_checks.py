@@ -103,18 +103,23 @@ def has_nan(tensor: Tensor) -> bool:
     return any(map(math.isnan, tensor.reshape(-1).tolist()))
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether to look at its values waits for no accelerator and ends no trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def integers(
     name: str, value, limit: int, device: torch.device | None = None, wait: bool = True
 ) -> Tensor:
     """`value` (tensor, sequence or int) as an int64 tensor, each entry in [0, limit).
 
-    Without `wait`, values that are on an accelerator already are not looked at.
+    Without `wait`, values that are not at hand are not looked at.
     """
     tensor = torch.as_tensor(value, device=device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
-    if tensor.numel() and (wait or tensor.device.type == "cpu"):
+    if tensor.numel() and (wait or at_hand(tensor)):
         low, high = extremes(tensor)
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {low}..{high}")
@@ -130,9 +135,6 @@ def seed(value: int) -> int:
     return value
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 def per_row(
     name: str,
     value,
@@ -146,10 +148,9 @@ def per_row(
     Values that are on an accelerator already are not looked at: that would wait for the device.
     """
     tensor = torch.as_tensor(value)
-    visible = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if limit is not None and (visible or tensor.dtype not in _INTEGERS):
-        tensor = integers(name, tensor, limit)
-    if limit is None and visible and has_nan(tensor):
+    if limit is not None:
+        tensor = integers(name, tensor, limit, wait=False)
+    elif at_hand(tensor) and has_nan(tensor):
         raise ValueError(f"{name} must be a number in every row, got NaN")
     if isinstance(value, Tensor | list | tuple):
         tensor = tensor.to(device, dtype)
