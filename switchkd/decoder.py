@@ -30,7 +30,7 @@ from switchkd.engine import Engine
 from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
 from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison
-from switchkd.slots import Record, Slots
+from switchkd.slots import Queue, Record, Slots
 
 ROLES = ("teacher", "student")
 PASS_COST = 16  # of a forward pass on a CPU, in tokens of prefill
@@ -45,6 +45,7 @@ class _Decoder:
         self.policy, self.sampling = options["policy"], options["sampling"]
         self.vocab_size, self.eos = options["vocab_size"], options["eos"]
         self.max_new_tokens, self.keep_hidden = options["max_new_tokens"], options["keep_hidden"]
+        self.round_cost = 0.0  # of the last one, as the planner saw it
 
     def prefill(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
         """Feed all but the last token of each prompt.
@@ -53,7 +54,9 @@ class _Decoder:
         """
         cost = PASS_COST if self.slots.device.type == "cpu" else float("inf")
         for part in by_length([len(p) - 1 for p in prompts], cost):
-            self.prefill_part([slots[i] for i in part], [prompts[i][:-1] for i in part])
+            padded = len(part) * (len(prompts[part[0]]) - 1)
+            with self.engine.timed("prefill", 1 + padded / cost):
+                self.prefill_part([slots[i] for i in part], [prompts[i][:-1] for i in part])
 
     def prefill_part(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
         """One pass over them, padded on the right."""
@@ -233,6 +236,7 @@ class _Decoder:
                 place, limit, settled=only is not None, student_follows=all(slots.follows[:n]),
                 along=sum(slots.along[:n]) / n,
             )  # fmt: skip
+        self.round_cost = self.planner.price(drafter, k, ROLES if only is None else (only,))
         positions = (slots.length - slots.prompt)[:, None] + torch.arange(k, device=slots.device)
         draft, chosen, tau, hidden = self.write(drafter, k, only, positions)
 
@@ -310,8 +314,8 @@ def rollout(
     """Write one completion per prompt; the tokens and records are those of `rollout_naive`.
 
     prompts: any number of lists of token ids, any lengths, none empty. batch_size: rows at work at
-    once (default: all prompts; fewer if their caches do not fit into memory); a row that is
-    finished makes room for the next prompt at once.
+    once (default: all prompts; fewer if their caches do not fit into memory); rows that are
+    finished make room for the next prompts.
     block, drafter, costs: as in `Engine`; or engine: one to go on with, for these two models.
     keep_hidden: return the teacher's last hidden states that predicted the tokens, (all response
     tokens, H), row by row. history: an earlier completion of each prompt, or None, to be tried as a
@@ -344,17 +348,17 @@ def rollout(
         max_new_tokens=max_new_tokens, keep_hidden=keep_hidden,
     )  # fmt: skip
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
-    waiting, written = iter(range(len(prompts))), 0
-    free, slots.n = list(range(count)), count
-    left = len(prompts)
+    queue, left, written, free = Queue(len(prompts), count), len(prompts), 0, []
     while left:
-        # Prompts into free slots, then no gap: the last rows move where no prompt is left.
-        jobs = list(zip(free, waiting, strict=False))
+        # Prompts into free slots, then no gap: the last rows move where none is put.
+        free += range(slots.n, count)
+        jobs = queue.take(free, decoder.round_cost, engine.planner.prefill())
         for slot, job in jobs:
             slots.put(slot, job, int(ids[job]), prompts[job], bool(earlier and earlier[job]))
         if jobs:
             decoder.prefill([slot for slot, _ in jobs], [prompts[job] for _, job in jobs])
-        for slot in sorted(free[len(jobs) :], reverse=True):
+        gaps = (slot for slot in free[len(jobs) :] if slot < slots.n)
+        for slot in sorted(gaps, reverse=True):
             source = slots.free(slot)
             if source is not None:
                 for model in engine.models.values():

@@ -92,7 +92,7 @@ class Engine:
         self.asked = self.slots = self.capacity = 0
 
     @contextlib.contextmanager
-    def timed(self, what: str, count: int) -> Iterator[None]:
+    def timed(self, what: str, count: float) -> Iterator[None]:
         """The planner will be told how long this took."""
         start = self._now()
         yield
@@ -112,7 +112,7 @@ class Engine:
         for what, count, begin, end in self.spans:
             seconds = begin.elapsed_time(end) / 1e3 if gpu else end - begin
             self.planner.took(what, count, seconds)
-            rest -= seconds
+            rest -= seconds if what != "prefill" else 0.0  # before the round
         self.planner.took("rest", 1, max(rest, 0.0))
         self.spans.clear()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 
 BLOCKS = (1, 2, 3, 4, 6, 8)
 BUCKET = 8  # positions that share an acceptance rate: it changes as the threshold falls
@@ -43,7 +44,8 @@ class Planner:
         self.blocks = BLOCKS if block is None else (block,)
         self.drafters = DRAFTERS if drafter is None else (drafter,)
         # By count: seconds, and how often that was measured.
-        self.seconds = {"teacher": {}, "student": {}, "decide": {}, "rest": {}}
+        timed = ("teacher", "student", "decide", "rest", "prefill")
+        self.seconds: dict[str, dict] = {what: {} for what in timed}
         self.measures, self.slope = costs is None, SLOPE.get(device, 0.1)
         for role, cost in (costs or {}).items():
             self.seconds[role][1] = cost, 2  # as if it had been measured twice
@@ -53,9 +55,12 @@ class Planner:
 
     def took(self, what: str, count: int, seconds: float) -> None:
         """A pass of a model, or a decision, over `count` positions of each row was timed, or the
-        rest of a round (count 1)."""
+        rest of a round (count 1), or both models' passes over prompts, `count` times what they take
+        without the tokens."""
         if not self.measures:
             return
+        if what == "prefill":
+            seconds, count = seconds / count, 1
         known, times = self.seconds[what].get(count, (seconds, 0))
         # A first pass may have captured a graph or compiled a kernel: a hundred times the work.
         if 0 < known <= 2 * seconds:
@@ -110,6 +115,16 @@ class Planner:
             slope = max((sure[rest[0]] - sure[a]) / (rest[0] - a), 0.0)
         return min(once, max(sure[a] + slope * (count - a), 0.1 * sure[a]))
 
+    def price(self, drafter: str, k: int, needed: Collection[str]) -> float:
+        """Seconds of a round in which the models `needed` score k drafts."""
+        seconds = sum(self.cost(role, k) for role in needed if role != drafter)
+        seconds += k * self.cost(drafter, 1) if drafter != "history" else 0.0
+        return seconds + self.cost("rest", 1) + (self.cost("decide", k) if len(needed) > 1 else 0.0)
+
+    def prefill(self) -> float:
+        """Seconds that prompts take in passes of their own, beside those that their tokens take."""
+        return self.cost("prefill", 1) or self.cost("teacher", 1) + self.cost("student", 1)
+
     def choose(
         self,
         position: float,
@@ -125,14 +140,12 @@ class Planner:
         student_follows, that is, its cache holds all rows. along: share of rows that have so far
         followed their earlier completion.
         """
+        needed = ("teacher",) if settled else ("teacher", "student")
 
         def tokens_per_second(choice: tuple[str, int]) -> float:
             drafter, k = choice
-            needed = {"teacher"} if settled else {"teacher", "student"}
-            seconds = sum(self.cost(role, k) for role in needed - {drafter})
-            seconds += k * self.cost(drafter, 1) if drafter != "history" else 0.0
-            seconds += self.cost("rest", 1) + (0.0 if settled else self.cost("decide", k))
-            rate = 1.0 if needed == {drafter} else self.acceptance(drafter, position)
+            seconds = self.price(drafter, k, needed)
+            rate = 1.0 if needed == (drafter,) else self.acceptance(drafter, position)
             expected = sum(rate**i for i in range(k))
             if drafter == "history":  # a row that has left it still gains a token
                 expected = along * expected + 1 - along

@@ -1,7 +1,8 @@
-"""What is in each row of the batch, and what was written for each prompt."""
+"""What is in each row of the batch, what comes next, and what was written for each prompt."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,7 @@ class Slots:
 
     def put(self, slot: int, job: int, sequence: int, prompt: Sequence[int], along: bool) -> None:
         """The last token of a prompt is not in the caches: the first draft follows from it."""
-        cached = len(prompt) - 1
+        self.n, cached = max(self.n, slot + 1), len(prompt) - 1
         self._set(slot, (job, sequence, prompt[-1], cached, cached))
         for column, value in zip(self.host, (cached, cached, False, True, along), strict=True):
             column[slot] = value
@@ -108,3 +109,23 @@ class Slots:
 
     def mean_position(self) -> float:
         return (sum(self.lengths[: self.n]) - sum(self.prompts[: self.n])) / self.n
+
+
+class Queue:
+    """The prompts that wait for one of `count` slots.
+
+    A pass over prompts reads all weights, for one prompt as for many, and a slot without a row is
+    its share of every round lost. So free slots wait for more of them until they have lost what
+    the pass costs: where rows end at a steady rate, no other number is cheaper.
+    """
+
+    def __init__(self, prompts: int, count: int):
+        self.waiting, self.count, self.lost = deque(range(prompts)), count, 0.0
+
+    def take(self, free: Sequence[int], round_cost: float, pass_cost: float):
+        """[(slot, prompt)] to be filled now, before a round of that cost."""
+        self.lost += round_cost * len(free) / self.count
+        if self.lost < pass_cost and len(free) < min(self.count, len(self.waiting)):
+            return []
+        self.lost = 0.0
+        return [(slot, self.waiting.popleft()) for slot in free[: len(self.waiting)]]
