@@ -68,7 +68,9 @@ def test_a_failed_run_says_where_its_log_is(tmp_path, monkeypatch):
 
 def test_mean_and_deviation():
     assert runs.mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
-    assert runs.mean_and_deviation([4.0]) == (4.0, 0.0)
+    mean, deviation = runs.mean_and_deviation([4.0])
+    assert mean == 4.0 and math.isnan(deviation)
+    assert tables.cell((mean, deviation)) == "4" and tables.cell((2.0, 0.5)) == "2 ± 0.5"
     assert runs.mean_and_deviation([1.0, None]) is None
     assert all(map(math.isnan, runs.mean_and_deviation([1.0, math.nan])))
 

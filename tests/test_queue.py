@@ -1,12 +1,15 @@
 """Free slots wait for each other as long as that is cheaper than a pass over prompts for each."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import EOS
 from test_decoder import COMMON, assert_same, pair, passes
 
+from switchkd import engine
 from switchkd.decoder import rollout
+from switchkd.metrics import engine_for
 from switchkd.planner import Planner
 from switchkd.policies import Switch
 from switchkd.rollout import rollout_naive
@@ -70,3 +73,22 @@ def test_fewer_passes_write_the_same(monkeypatch):
     assert both() == waiting  # given costs, not measured times, decide
     monkeypatch.setattr(Planner, "prefill", lambda self: 0.0)
     assert waiting < 0.9 * both()
+
+
+def test_an_evaluation_takes_the_same_batches_whatever_the_clock_says(monkeypatch):
+    _, student = pair()
+    asked, taken = [[3, 4, 5 + i % 40] for i in range(60)], []
+    original = Queue.take
+
+    def take(self, *args):
+        jobs = original(self, *args)
+        taken[-1].append(jobs)
+        return jobs
+
+    monkeypatch.setattr(Queue, "take", take)
+    for seed in range(3):
+        clock = random.Random(seed).random
+        monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=clock))
+        taken.append([])
+        rollout(None, student, asked, engine=engine_for(student), batch_size=8, **COMMON)
+    assert taken[0] == taken[1] == taken[2]

@@ -15,7 +15,7 @@ METHODS = {
     # Its share of rollouts follows the validation loss.
     "DistiLLM": dict(method="distillm", eval_strategy="steps", eval_steps=0.25),
     "SKD": dict(method="skd"),
-    "SWITCH": dict(method="switch"),
+    "SWITCH": SWITCH,  # what --method switch says, too: one run for all experiments
     # K and L could not be recovered from the paper: ours, not theirs.
     "AdaSwitch, K = 3, L = 5": dict(method="adaswitch", adaswitch_k=3.0, adaswitch_window=5),
 }

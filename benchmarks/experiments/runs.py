@@ -202,9 +202,9 @@ class Runs:
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Mean and sample deviation (0 of a single value); None where nothing was measured."""
+    """Mean and sample deviation (NaN of a single value); None where nothing was measured."""
     if any(value is None for value in values):
         return None
     if any(value != value for value in values):  # statistics refuses NaN
         return float("nan"), float("nan")
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")

@@ -42,6 +42,14 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def cell(value: tuple[float, float] | None) -> str:
+    """Mean and deviation; of one seed no deviation is known."""
+    if value is None:
+        return "-"
+    mean, deviation = value
+    return f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation == deviation else "")
+
+
 def compare(
     name: str, title: str, found: Mapping[str, list[dict]], out: Path, console: Console
 ) -> None:
@@ -51,12 +59,9 @@ def compare(
         for arm, seeds in found.items()
     }
     seeds = len(next(iter(found.values())))
-    cells = [
-        [arm, *("-" if x is None else f"{x[0]:.3g} ± {x[1]:.2g}" for x in each.values())]
-        for arm, each in stats.items()
-    ]
+    cells = [[arm, *map(cell, each.values())] for arm, each in stats.items()]
     header = ["arm", *(label for label, _ in MEASURES.values())]
-    show(f"{title}, {seeds} seeds", header, cells, console)
+    show(f"{title}, {seeds} seed{'s' * (seeds > 1)}", header, cells, console)
     columns = [f"{k}_{what}" for k in MEASURES for what in ("mean", "deviation")]
     rows = [
         [arm, seeds, *(f"{v:.6g}" for x in each.values() for v in (x or (float("nan"),) * 2))]
