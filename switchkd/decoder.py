@@ -55,7 +55,7 @@ class _Decoder:
         cost = PASS_COST if self.slots.device.type == "cpu" else float("inf")
         for part in by_length([len(p) - 1 for p in prompts], cost):
             padded = len(part) * (len(prompts[part[0]]) - 1)
-            with self.engine.timed("prefill", 1 + padded / cost):
+            with self.engine.timed("prefill", 1, 1 + padded / cost):
                 self.prefill_part([slots[i] for i in part], [prompts[i][:-1] for i in part])
 
     def prefill_part(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
@@ -226,7 +226,6 @@ class _Decoder:
 
     def round(self, limit: int) -> list[int]:
         """One round of at most `limit` tokens for the rows at work; the slots that are finished."""
-        start = time.perf_counter()
         slots, place, n = self.slots, self.slots.mean_position(), self.slots.n
         only = "teacher" if all(slots.settled[:n]) else None
         if "teacher" not in self.models:
@@ -236,7 +235,7 @@ class _Decoder:
                 place, limit, settled=only is not None, student_follows=all(slots.follows[:n]),
                 along=sum(slots.along[:n]) / n,
             )  # fmt: skip
-        self.round_cost = self.planner.price(drafter, k, ROLES if only is None else (only,))
+        self.round_cost = self.planner.round_cost(drafter, k, ROLES if only is None else (only,))
         positions = (slots.length - slots.prompt)[:, None] + torch.arange(k, device=slots.device)
         draft, chosen, tau, hidden = self.write(drafter, k, only, positions)
 
@@ -263,9 +262,7 @@ class _Decoder:
             looks["strays"] = (strays & kept).any(1)
         slots.last.copy_(chosen.token.gather(1, last)[:, 0])
         slots.length.add_(gained)
-        finished = self.settle(looks, drafter, k, only, place)
-        self.engine.tell(start)
-        return finished
+        return self.settle(looks, drafter, k, only, place)
 
     def settle(self, looks: dict, drafter: str, k: int, only: str | None, place: float):
         """Take note of a round on the host: the slots that are finished."""
@@ -350,9 +347,10 @@ def rollout(
     ids = range(len(prompts)) if sequence_ids is None else sequence_ids
     queue, left, written, free = Queue(len(prompts), count), len(prompts), 0, []
     while left:
+        begun = time.perf_counter()
         # Prompts into free slots, then no gap: the last rows move where none is put.
         free += range(slots.n, count)
-        jobs = queue.take(free, decoder.round_cost, engine.planner.prefill())
+        jobs = queue.take(free, decoder.round_cost, engine.planner.prefill_cost())
         for slot, job in jobs:
             slots.put(slot, job, int(ids[job]), prompts[job], bool(earlier and earlier[job]))
         if jobs:
@@ -369,6 +367,7 @@ def rollout(
         except InvalidLogits as error:
             decoder.locate(error)
             raise
+        engine.tell(begun)
         left -= len(free)
         written += sum(slots.lengths[: slots.n]) - before
         if on_step is not None:

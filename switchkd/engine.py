@@ -92,11 +92,11 @@ class Engine:
         self.asked = self.slots = self.capacity = 0
 
     @contextlib.contextmanager
-    def timed(self, what: str, count: float) -> Iterator[None]:
-        """The planner will be told how long this took."""
+    def timed(self, what: str, count: int, times: float = 1.0) -> Iterator[None]:
+        """The planner will be told how long this took, divided by `times`."""
         start = self._now()
         yield
-        self.spans.append((what, count, start, self._now()))
+        self.spans.append((what, count, times, start, self._now()))
 
     def _now(self):
         if self.device.type != "cuda":
@@ -109,10 +109,10 @@ class Engine:
         """Tell the planner all times of the round that began at `start`, once the device is known
         to be through with it."""
         rest, gpu = time.perf_counter() - start, self.device.type == "cuda"
-        for what, count, begin, end in self.spans:
+        for what, count, times, begin, end in self.spans:
             seconds = begin.elapsed_time(end) / 1e3 if gpu else end - begin
-            self.planner.took(what, count, seconds)
-            rest -= seconds if what != "prefill" else 0.0  # before the round
+            self.planner.took(what, count, seconds / times)
+            rest -= seconds
         self.planner.took("rest", 1, max(rest, 0.0))
         self.spans.clear()
 

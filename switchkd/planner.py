@@ -54,13 +54,10 @@ class Planner:
         self.writers = defaultdict(lambda: [0.0, 0.0])
 
     def took(self, what: str, count: int, seconds: float) -> None:
-        """A pass of a model, or a decision, over `count` positions of each row was timed, or the
-        rest of a round (count 1), or both models' passes over prompts, `count` times what they take
-        without the tokens."""
+        """A pass of a model, or a decision, over `count` positions of each row was timed, or, with
+        count 1, both models' passes over prompts beside their tokens, or the rest of a round."""
         if not self.measures:
             return
-        if what == "prefill":
-            seconds, count = seconds / count, 1
         known, times = self.seconds[what].get(count, (seconds, 0))
         # A first pass may have captured a graph or compiled a kernel: a hundred times the work.
         if 0 < known <= 2 * seconds:
@@ -115,13 +112,13 @@ class Planner:
             slope = max((sure[rest[0]] - sure[a]) / (rest[0] - a), 0.0)
         return min(once, max(sure[a] + slope * (count - a), 0.1 * sure[a]))
 
-    def price(self, drafter: str, k: int, needed: Collection[str]) -> float:
+    def round_cost(self, drafter: str, k: int, needed: Collection[str]) -> float:
         """Seconds of a round in which the models `needed` score k drafts."""
         seconds = sum(self.cost(role, k) for role in needed if role != drafter)
         seconds += k * self.cost(drafter, 1) if drafter != "history" else 0.0
         return seconds + self.cost("rest", 1) + (self.cost("decide", k) if len(needed) > 1 else 0.0)
 
-    def prefill(self) -> float:
+    def prefill_cost(self) -> float:
         """Seconds that prompts take in passes of their own, beside those that their tokens take."""
         return self.cost("prefill", 1) or self.cost("teacher", 1) + self.cost("student", 1)
 
@@ -144,7 +141,7 @@ class Planner:
 
         def tokens_per_second(choice: tuple[str, int]) -> float:
             drafter, k = choice
-            seconds = self.price(drafter, k, needed)
+            seconds = self.round_cost(drafter, k, needed)
             rate = 1.0 if needed == (drafter,) else self.acceptance(drafter, position)
             expected = sum(rate**i for i in range(k))
             if drafter == "history":  # a row that has left it still gains a token

@@ -122,7 +122,9 @@ class Queue:
     def __init__(self, prompts: int, count: int):
         self.waiting, self.count, self.lost = deque(range(prompts)), count, 0.0
 
-    def take(self, free: Sequence[int], round_cost: float, pass_cost: float):
+    def take(
+        self, free: Sequence[int], round_cost: float, pass_cost: float
+    ) -> list[tuple[int, int]]:
         """[(slot, prompt)] to be filled now, before a round of that cost."""
         self.lost += round_cost * len(free) / self.count
         if self.lost < pass_cost and len(free) < min(self.count, len(self.waiting)):
