@@ -75,6 +75,19 @@ def attention_for(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Within it, scaled_dot_product_attention does not take cuDNN, which torch 2.11 prefers on an
+    H100. It plans anew for every shape, and with a mask its gradient may be NaN (pytorch #196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextlib.contextmanager
 def attending(config, name: str) -> Iterator[None]:
     """Within it, the layers of this config call the function `name`."""
     before = config._attn_implementation

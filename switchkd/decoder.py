@@ -17,6 +17,7 @@ the student.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,11 +26,12 @@ from switchkd_kernels import InvalidLogits, sample, switch_select
 from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
 from torch import Tensor, nn
 
+from switchkd.attention import without_cudnn
 from switchkd.cache import capacity_for
 from switchkd.engine import Engine
 from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
-from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison
+from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison, written_by
 from switchkd.slots import Queue, Record, Slots
 
 ROLES = ("teacher", "student")
@@ -177,23 +179,6 @@ class _Decoder:
         error.row = int(self.slots.job[slot])
         error.args = (f"token {where[0]} of sequence {where[1]}: {error}",)
 
-    def alone(self, role: str, logits: Tensor, token: Tensor):
-        """What `decide` returns where one model writes and the other is not asked."""
-        z = logits[..., : self.vocab_size]
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        said = z.log_softmax(-1).gather(-1, token.clamp(min=0)[..., None])[..., 0]
-        nothing = torch.full_like(said, float("nan"))
-        writes = role == "teacher"
-        chosen = SwitchSelection(
-            token=token,
-            from_teacher=torch.full_like(token, writes, dtype=torch.bool),
-            divergence=nothing,
-            teacher_logprob=said if writes else nothing,
-            student_logprob=nothing if writes else said,
-        )
-        inf = float("-inf" if writes else "inf")
-        return chosen, torch.full_like(nothing, inf, dtype=torch.float64)
-
     def write(self, drafter: str, k: int, only: str | None, positions: Tensor):
         """(draft, SwitchSelection, thresholds, teacher's hidden states) of k positions a row.
 
@@ -221,7 +206,9 @@ class _Decoder:
                 token = draft
                 if drafter != only:
                     token = self.draw(only, logits[only], positions, ids)
-                chosen, tau = self.alone(only, logits[only], token)
+                chosen = written_by(only, token, logits[only], self.vocab_size)
+                side = -math.inf if only == "teacher" else math.inf
+                tau = torch.full_like(positions, side, dtype=torch.float64)
         return draft, chosen, tau, hidden.get("teacher")
 
     def round(self, limit: int) -> list[int]:
@@ -287,6 +274,7 @@ class _Decoder:
 
 
 @torch.no_grad()
+@without_cudnn()
 def rollout(
     teacher: nn.Module | None,
     student: nn.Module,

@@ -46,6 +46,7 @@ class Engine:
         self.device = student.device
         self.plan = (block, drafter, costs, self.device.type)
         self.planner = Planner(*self.plan)
+        self.room = 0, 0  # rows and positions to begin with, if later rollouts will need them
         self.asked = self.slots = self.capacity = 0
         self.models: dict[str, CachedModel] = {}
         self.graphs = Graphs(self.device, student.dtype)
@@ -62,7 +63,8 @@ class Engine:
         if self.device.type == "cuda":  # to ask at every event costs as much as to record it
             self.stream = torch.cuda.current_stream(self.device)
         if rows > self.asked or capacity > self.capacity:
-            asked, capacity = max(rows, self.asked), max(capacity, self.capacity)
+            asked = max(rows, self.asked, self.room[0])
+            capacity = max(capacity, self.capacity, self.room[1])
             self.release()
             self.asked, self.slots, self.capacity = asked, self.fitting(asked, capacity), capacity
             self.models = {

@@ -26,7 +26,7 @@ class Graphs:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         # The reference draws of float64 logits look at the device: no graph can hold that.
         self.enabled = device.type == "cuda" and dtype != torch.float64
-        self.pool, self.captured = None, {}
+        self.device, self.pool, self.captured = device, None, {}
 
     def call(self, kind: tuple, function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.enabled:
@@ -46,15 +46,16 @@ class Graphs:
 
     def capture(self, function: Callable, places: list[Tensor]):
         """(replay, places of the inputs, outputs)."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                function(*places)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = function(*places)
+        with torch.cuda.device(self.device):  # streams and captures are of the current one
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    function(*places)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = function(*places)
         self.pool = self.pool or graph.pool()
         return graph.replay, places, outputs
 

@@ -1,8 +1,9 @@
-"""Linear layers over few rows on a CPU, for the passes of a decoder.
+"""Layers over few rows, for the passes of a decoder.
 
-A matrix product of 8 or 32 rows with a matrix that is used once is bound by reading that matrix;
-libraries pack it first, which takes longer. Within `few_rows()` the linear layers of transformers
-models call `switchkd_kernels.few_row_linear` where it is faster, and what they called else.
+The activation of GPT-2 is eight operations in transformers, and one of the same formula in torch.
+On a CPU a matrix product of 8 or 32 rows with a matrix that is used once is bound by reading that
+matrix; libraries pack it first, which takes longer. Within `few_rows()` the layers of transformers
+models call that one operation and, where it is faster, `switchkd_kernels.few_row_linear`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from switchkd_kernels import few_row_linear
 from switchkd_kernels.few_row_linear import usable
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 ROWS = 48  # beyond, a library's product is as fast
 
-_linear, _conv1d = nn.Linear.forward, Conv1D.forward
+_linear, _conv1d, _gelu_new = nn.Linear.forward, Conv1D.forward, NewGELUActivation.forward
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -44,14 +46,18 @@ def _few_conv1d(self: Conv1D, x: Tensor) -> Tensor:
     return _conv1d(self, x)
 
 
+def _gelu(self: NewGELUActivation, x: Tensor) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
+
+
 @contextlib.contextmanager
 def few_rows(device: torch.device) -> Iterator[None]:
-    """Within it, layers on a CPU take the faster way, if it could be compiled."""
-    if device.type != "cpu" or not usable():
-        yield
-        return
-    nn.Linear.forward, Conv1D.forward = _few_linear, _few_conv1d
+    """Within it, layers take the faster way; on a CPU those that could be compiled, too."""
+    NewGELUActivation.forward = _gelu
+    if device.type == "cpu" and usable():
+        nn.Linear.forward, Conv1D.forward = _few_linear, _few_conv1d
     try:
         yield
     finally:
         nn.Linear.forward, Conv1D.forward = _linear, _conv1d
+        NewGELUActivation.forward = _gelu_new

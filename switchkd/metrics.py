@@ -14,6 +14,7 @@ from rouge_score import rouge_scorer
 from switchkd_kernels import divergence_loss, jsd
 from torch import nn
 
+from switchkd.attention import without_cudnn
 from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.engine import Engine
@@ -78,6 +79,7 @@ def floors(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
+@without_cudnn()
 def teacher_forced(
     teacher: nn.Module | None,
     student: nn.Module,

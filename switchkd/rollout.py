@@ -22,6 +22,7 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
+from switchkd.attention import without_cudnn
 from switchkd.models import cache_name, last_position
 from switchkd.policies import Policy, Student
 
@@ -159,6 +160,22 @@ def without_comparison(chosen: SwitchSelection, settled: Tensor) -> SwitchSelect
     )
 
 
+def written_by(role: str, token: Tensor, logits: Tensor, vocab_size: int | None) -> SwitchSelection:
+    """What is recorded of tokens (...) of one model with logits (..., V), the other not asked."""
+    z = logits[..., :vocab_size]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    said = z.log_softmax(-1).gather(-1, token.clamp(min=0)[..., None])[..., 0]
+    nothing = torch.full_like(said, math.nan)
+    teacher = role == "teacher"
+    return SwitchSelection(
+        token=token,
+        from_teacher=torch.full_like(token, teacher, dtype=torch.bool),
+        divergence=nothing,
+        teacher_logprob=said if teacher else nothing,
+        student_logprob=nothing if teacher else said,
+    )
+
+
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that are empty, or that do not leave room for the response."""
     for row, prompt in enumerate(prompts):
@@ -174,6 +191,7 @@ def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
 
 
 @torch.no_grad()
+@without_cudnn()
 def rollout_naive(
     teacher: torch.nn.Module | None,
     student: torch.nn.Module,
@@ -271,15 +289,7 @@ def _select(logits, policy, state, sampling, ids, positions, vocab_size):
                 student_logits, temperature=sampling.student_temperature, **warp, **options
             )
         if not teacher_logits:
-            log_q = student_logits[:, :vocab_size].float().log_softmax(-1)
-            nothing = torch.full_like(log_q[:, 0], float("nan"))
-            return SwitchSelection(
-                token=student_token,
-                from_teacher=torch.zeros_like(student_token, dtype=torch.bool),
-                divergence=nothing,
-                teacher_logprob=nothing,
-                student_logprob=log_q.gather(1, student_token[:, None])[:, 0],
-            ), tau
+            return written_by("student", student_token, student_logits, vocab_size), tau
         if sampling.filtered:
             stream = STREAM_REDRAW if policy.metric == "rank" else STREAM_TOKEN
             teacher_token = sample(

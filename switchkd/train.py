@@ -163,9 +163,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
 
 
 def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
-    """What a continued run must have in common with its beginning."""
-    values = {**asdict(script), **config.to_dict()}
-    return {k: v for k, v in values.items() if k not in FREE_TO_CHANGE}
+    """Every option of a run."""
+    return {**asdict(script), **config.to_dict()}
 
 
 def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
@@ -211,7 +210,7 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     if record.exists():
         values = run_settings(script, config)
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
-        for key in sorted(before.keys() & values.keys()):
+        for key in sorted(before.keys() & values.keys() - FREE_TO_CHANGE):
             if before[key] != values[key]:
                 raise ValueError(
                     f"{key}: got {values[key]!r}, expected {before[key]!r} as in the run to resume "

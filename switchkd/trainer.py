@@ -17,38 +17,28 @@ from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd import adapters, losses, metrics, mixture
+from switchkd import adapters, losses, metrics, mixture, models
+from switchkd.attention import without_cudnn
 from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
     append_completions,
     checkpoint_step,
     drop_completions_after,
-    last_checkpoint,
     last_completions,
     unsaved,
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
 from switchkd.data import Row, Rows, rows_from, text_blocks
-from switchkd.decoder import rollout as block_rollout
-from switchkd.distributed import ShardedTrainer, with_whole_weights
-from switchkd.engine import Engine
-from switchkd.models import (
-    check_weights,
-    count_parameters,
-    disable_dropout,
-    load_model,
-    load_tokenizer,
-    share_vocabulary,
-)
-from switchkd.rollout import Rollout, Sampling, check_lengths, rollout_in_batches
+from switchkd.distributed import with_whole_weights
+from switchkd.rollout import Rollout, Sampling, check_lengths
+from switchkd.rollout_trainer import RolloutTrainer
 
 
-class SwitchTrainer(ShardedTrainer):
+class SwitchTrainer(RolloutTrainer):
     """Distil `teacher_model` into `model` with teacher-intervened rollouts.
 
     model, teacher_model: causal language models, or their Hub ids or folders; the teacher may be
@@ -77,11 +67,12 @@ class SwitchTrainer(ShardedTrainer):
     ):
         args = args or SwitchConfig()
         if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model)
+            processing_class = processing_class or models.load_tokenizer(model)
+            model = models.load_model(model)
         if isinstance(teacher_model, str):
-            teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model)
-            teacher_model = load_model(teacher_model)
+            given = teacher_processing_class
+            teacher_processing_class = given or models.load_tokenizer(teacher_model)
+            teacher_model = models.load_model(teacher_model)
         if args.teacher_is_base:
             teacher_model = adapters.share_base(model, teacher_model, peft_config)
         if processing_class is None:
@@ -91,16 +82,16 @@ class SwitchTrainer(ShardedTrainer):
                 f"teacher_model: got None, but rollout_policy {args.rollout_policy} with loss_type "
                 f"{args.loss_type} needs one"
             )
-        self.vocabulary = share_vocabulary(
+        self.vocabulary = models.share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:
-                check_weights(checked, role)
+                models.check_weights(checked, role)
                 limit = [[0] * args.max_prompt_length]
                 check_lengths(checked, limit, args.max_new_tokens)
         if args.disable_dropout:
-            disable_dropout(model)
+            models.disable_dropout(model)
         if peft_config is not None:
             model = adapters.add(model, peft_config, args.seed)
         self.policy, self.sampling = args.policy(), args.sampling()
@@ -142,7 +133,8 @@ class SwitchTrainer(ShardedTrainer):
     def train(self, *args, **kwargs):
         if self.args.target_teacher_share is not None and self.calibration is None:
             self.calibrate()
-        return super().train(*args, **kwargs)
+        with without_cudnn():
+            return super().train(*args, **kwargs)
 
     @with_whole_weights
     def calibrate(self) -> Calibration:
@@ -199,45 +191,6 @@ class SwitchTrainer(ShardedTrainer):
     def _gather(self, objects: list) -> list:
         return gather_object(objects) if self.args.world_size > 1 else objects
 
-    def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
-        """Completions of `rows` by the current student and the teacher, in the order given."""
-        args, teacher, student = self.args, self.teacher, self._student_for_decoding()
-        prompts = [row.prompt_ids for row in rows]
-        noise = epoch << 32 if args.noise_per_epoch else 0  # its key: below 2^56
-        options = dict(
-            batch_size=args.rollout_batch_size,
-            sequence_ids=[noise | row.id for row in rows],
-            sampling=self.sampling,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_ids=self.vocabulary.eos_token_ids,
-            pad_token_id=self.vocabulary.pad_token_id,
-            vocab_size=self.vocabulary.size,
-        )
-        with self._bar(len(rows), "rollout", "row") as bar:
-            try:
-                if args.decoder == "naive":
-                    return rollout_in_batches(teacher, student, prompts, self.policy, **options)
-                self._engine = self._engine or self._new_engine(teacher, student)
-                return block_rollout(
-                    teacher, student, prompts, self.policy, **options, engine=self._engine,
-                    keep_hidden=args.loss_type != "cross_entropy",
-                    history=[self._history.get(row.id) for row in rows],
-                    on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
-                )  # fmt: skip
-            except InvalidLogits as error:
-                raise self._broken(f"data row {rows[error.row].id}: {error}") from error
-
-    def _new_engine(self, teacher, student) -> Engine:
-        args, models = self.args, (("teacher", teacher), ("student", student))
-        costs = {name: count_parameters(m) for name, m in models if m is not None}
-        return Engine(
-            teacher, student, block=args.rollout_block, drafter=args.rollout_drafter, costs=costs
-        )
-
-    def _bar(self, total: int, what: str, unit: str):
-        off = self.args.disable_tqdm or not self.is_world_process_zero()
-        return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
-
     def _choose_blocks(self, ids: Tensor, epoch: int) -> Tensor:
         """One block of the extra text per row id, by (row, epoch): independent of batching."""
         at = uniform(self.args.seed, ids, torch.full_like(ids, epoch), STREAM_TEXT)
@@ -272,13 +225,6 @@ class SwitchTrainer(ShardedTrainer):
             raise self._broken(f"data rows {row_ids.tolist()}: the loss is {loss.item()}")
         self._logs["time/forward"].append(time.perf_counter() - start)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
-
-    def _broken(self, what: str) -> FloatingPointError:
-        last = last_checkpoint(self.args.output_dir)
-        return FloatingPointError(
-            f"step {self.state.global_step + 1}, {what}. Training stops; "
-            + (f"the last intact checkpoint is {last}" if last else "no checkpoint was written yet")
-        )
 
     # ------------------------------------------------------------------ records and logs
 

@@ -141,7 +141,7 @@ def _share(rollouts: Rollouts, b: Buckets) -> Figure:
     middle = (b.start + b.stop) / 2
     if rollouts.metric.name == "JSD" and not np.isnan(b.tau).all():
         chart.line(list(zip(middle, b.tau, strict=True)), "ink dash")
-        legend.append(("ink dash", "τ, in bits, on the same axis"))
+        legend.append(("ink dash", f"τ, in {rollouts.metric.unit}, on the same axis"))
     note = f"Bars of {width} positions. " if width > 1 else ""
     return Figure("Who writes, by position", chart.svg(), tuple(legend), note)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,9 @@ COLUMNS = (
 
 def metric_of(run: Run) -> Metric:
     """What the policy of a run compares."""
-    return METRICS.get(run.config.get("rollout_policy"), UNKNOWN)
+    metric = METRICS.get(run.config.get("rollout_policy"), UNKNOWN)
+    nats = metric.unit == "bits" and str(run.config.get("jsd_base")) == "e"
+    return replace(metric, unit="nats") if nats else metric
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""A trainer that writes: the rollouts of a window, by an engine that is kept from step to step."""
+
+from __future__ import annotations
+
+from switchkd_kernels import InvalidLogits
+from tqdm.auto import tqdm
+
+from switchkd.cache import capacity_for
+from switchkd.checkpoint import last_checkpoint
+from switchkd.data import Row
+from switchkd.decoder import rollout as block_rollout
+from switchkd.distributed import ShardedTrainer
+from switchkd.engine import Engine
+from switchkd.models import count_parameters
+from switchkd.rollout import Rollout, rollout_in_batches
+
+
+class RolloutTrainer(ShardedTrainer):
+    """`roll_out`, on what SwitchTrainer sets up."""
+
+    def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
+        """Completions of `rows` by the current student and the teacher, in the order given."""
+        args, teacher, student = self.args, self.teacher, self._student_for_decoding()
+        prompts = [row.prompt_ids for row in rows]
+        noise = epoch << 32 if args.noise_per_epoch else 0  # its key: below 2^56
+        options = dict(
+            batch_size=args.rollout_batch_size,
+            sequence_ids=[noise | row.id for row in rows],
+            sampling=self.sampling,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_ids=self.vocabulary.eos_token_ids,
+            pad_token_id=self.vocabulary.pad_token_id,
+            vocab_size=self.vocabulary.size,
+        )
+        with self._bar(len(rows), "rollout", "row") as bar:
+            try:
+                if args.decoder == "naive":
+                    return rollout_in_batches(teacher, student, prompts, self.policy, **options)
+                self._engine = self._engine or self._new_engine(teacher, student)
+                return block_rollout(
+                    teacher, student, prompts, self.policy, **options, engine=self._engine,
+                    keep_hidden=args.loss_type != "cross_entropy",
+                    history=[self._history.get(row.id) for row in rows],
+                    on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
+                )  # fmt: skip
+            except InvalidLogits as error:
+                raise self._broken(f"data row {rows[error.row].id}: {error}") from error
+
+    def _new_engine(self, teacher, student) -> Engine:
+        args, models = self.args, (("teacher", teacher), ("student", student))
+        costs = {name: count_parameters(m) for name, m in models if m is not None}
+        engine = Engine(
+            teacher, student, block=args.rollout_block, drafter=args.rollout_drafter, costs=costs
+        )
+        longest = max(len(row.prompt_ids) for row in self.train_dataset.rows)
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        engine.room = (
+            min(window, args.rollout_batch_size),
+            capacity_for(longest, args.max_new_tokens, max(engine.planner.blocks)),
+        )
+        return engine
+
+    def _bar(self, total: int, what: str, unit: str):
+        off = self.args.disable_tqdm or not self.is_world_process_zero()
+        return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
+
+    def _broken(self, what: str) -> FloatingPointError:
+        last = last_checkpoint(self.args.output_dir)
+        return FloatingPointError(
+            f"step {self.state.global_step + 1}, {what}. Training stops; "
+            + (f"the last intact checkpoint is {last}" if last else "no checkpoint was written yet")
+        )
