@@ -7,6 +7,8 @@ need no padding on the left. Two models that read one token stream have equal le
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -147,7 +149,8 @@ def position_bytes(model: nn.Module) -> int:
 def check_architecture(model: nn.Module) -> None:
     """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
     config, name = model.config.get_text_config(), type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = set(named or ["full_attention"])  # the second name is GPT-Neo's
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", None) is False:
         window = None  # Qwen2 names a window that it does not use
@@ -157,6 +160,12 @@ def check_architecture(model: nn.Module) -> None:
             f"{name} has {what}, which the block decoder's cache does not serve: expected full "
             "attention in every layer; the naive loop decodes it"
         )
+    takes = inspect.signature(decoder_of(model).forward).parameters
+    if "position_ids" not in takes or getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name}: got a model that is not told positions (ALiBi, or none of its own), expected "
+            "position_ids, one for each token of a row; the naive loop decodes it"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: got an encoder-decoder, expected a causal language model")
     served = SERVED if model._supports_attention_backend else ("sdpa", "eager")
@@ -164,4 +173,18 @@ def check_architecture(model: nn.Module) -> None:
         raise ValueError(
             f"{name}: got attention {config._attn_implementation!r}, expected one of "
             f"{', '.join(served)} (attn_implementation)"
+        )
+
+
+def check_positions(model: nn.Module, capacity: int) -> None:
+    """Refuse rows so long that a model would turn all positions of a pass otherwise."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    first = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    if rope.get("rope_type") == "longrope" and first and capacity > first:
+        raise ValueError(
+            f"{type(model).__name__}: got rows of {capacity} positions, expected at most {first}: "
+            "beyond, LongRoPE turns every row of a batch by the longest; the naive loop decodes it"
         )

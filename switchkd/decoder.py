@@ -31,7 +31,14 @@ from switchkd.cache import capacity_for
 from switchkd.engine import Engine
 from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
-from switchkd.rollout import Rollout, Sampling, check_lengths, without_comparison, written_by
+from switchkd.rollout import (
+    Rollout,
+    Sampling,
+    check_lengths,
+    check_request,
+    without_comparison,
+    written_by,
+)
 from switchkd.slots import Queue, Record, Slots
 
 ROLES = ("teacher", "student")
@@ -139,7 +146,7 @@ class _Decoder:
                 known[role] = self.draw(role, logits[role], positions, ids, stream)
         keys = dict(sequence_ids=ids.reshape(-1), positions=positions.reshape(-1))
 
-        def select(threshold, **tokens) -> SwitchSelection:
+        def select(threshold) -> SwitchSelection:
             chosen = switch_select(
                 logits["teacher"].flatten(0, 1), logits["student"].flatten(0, 1),
                 threshold if isinstance(threshold, float) else threshold.reshape(-1),
@@ -148,7 +155,7 @@ class _Decoder:
                 teacher_temperature=sampling.teacher_temperature,
                 student_temperature=sampling.student_temperature, **keys,
                 **{f"{role}_token": x if x is None else x.reshape(-1)
-                   for role, x in (known | tokens).items()},
+                   for role, x in known.items()},
             )  # fmt: skip
             return SwitchSelection(*(x.view(positions.shape) for x in chosen))
 
@@ -156,21 +163,26 @@ class _Decoder:
             tau = policy.threshold(None, sampling.seed, ids, positions)
             return without_comparison(select(tau), policy.settled(None, positions)), tau
         # The threshold depends on earlier divergences: measure all, then go through them in order.
-        for role, threshold in (("teacher", -float("inf")), ("student", float("inf"))):
-            probe = select(threshold)
-            known[role] = probe.token if known[role] is None else known[role]
+        by_teacher = select(-float("inf"))
+        if known["teacher"] is None:
+            known["teacher"] = by_teacher.token
+        by_student = select(float("inf"))
         state, taus, settled = self.slots.working_state(), [], []
         standing = torch.ones_like(self.slots.last, dtype=torch.bool)
         for i in range(positions.shape[1]):
             settled.append(policy.settled(state, positions[:, i]))
             taus.append(policy.threshold(state, sampling.seed, ids[:, i], positions[:, i]))
-            d = probe.divergence[:, i]
+            d = by_student.divergence[:, i]
             teacher_writes = d > taus[-1].to(d.dtype)
-            token = torch.where(teacher_writes, known["teacher"][:, i], known["student"][:, i])
+            token = torch.where(teacher_writes, by_teacher.token[:, i], by_student.token[:, i])
             policy.observe(state, taus[-1], d, rows=standing)
             standing = standing & (token == draft[:, i])
         tau = torch.stack(taus, 1)
-        return without_comparison(select(tau), torch.stack(settled, 1)), tau
+        writes = by_student.divergence > tau.to(by_student.divergence.dtype)
+        chosen = SwitchSelection(
+            *(torch.where(writes, x, y) for x, y in zip(by_teacher, by_student, strict=True))
+        )
+        return without_comparison(chosen, torch.stack(settled, 1)), tau
 
     def locate(self, error: InvalidLogits) -> None:
         """Tell the prompt, and in the message the token, where a row of logits was invalid."""
@@ -220,7 +232,7 @@ class _Decoder:
         else:
             drafter, k = self.planner.choose(
                 place, limit, settled=only is not None, student_follows=all(slots.follows[:n]),
-                along=sum(slots.along[:n]) / n,
+                along=None if self.history is None else sum(slots.along[:n]) / n,
             )  # fmt: skip
         self.round_cost = self.planner.round_cost(drafter, k, ROLES if only is None else (only,))
         positions = (slots.length - slots.prompt)[:, None] + torch.arange(k, device=slots.device)
@@ -240,7 +252,8 @@ class _Decoder:
             "gained": gained,
             "finished": ends.gather(1, last)[:, 0],
             "right": right.sum(1),
-            "undefined": ((chosen.token < 0) & kept).any(1),  # a kernel's flag: it does not raise
+            # A kernel flags such a token and does not raise: its place in the block, or k.
+            "undefined": ((chosen.token >= 0) | ~kept).long().cumprod(1).sum(1),
             "teacher": (chosen.from_teacher & kept).sum(1),
             "settled": self.policy.settled(slots.working_state(), slots.last),
         }
@@ -257,9 +270,11 @@ class _Decoder:
         # the one look of a round at the device
         rows = torch.stack([x.long() for x in looks.values()]).tolist()
         host = dict(zip(looks, rows, strict=True))
-        if any(host["undefined"]):
-            row = host["undefined"].index(1) * k
-            raise InvalidLogits("logits: expected finite or -inf, got no distribution", None, row)
+        for slot, place_in_block in enumerate(host["undefined"]):
+            if place_in_block < k:
+                row = slot * k + place_in_block
+                text = "logits: expected finite or -inf, got no distribution"
+                raise InvalidLogits(text, None, row)
         seen = [r for r, on in zip(host["right"], slots.along, strict=False)
                 if on or drafter != "history"]  # fmt: skip
         if drafter != only and (k > 1 or drafter == "history"):
@@ -305,7 +320,8 @@ def rollout(
     keep_hidden: return the teacher's last hidden states that predicted the tokens, (all response
     tokens, H), row by row. history: an earlier completion of each prompt, or None, to be tried as a
     draft.
-    The other arguments, and errors, as in `rollout_naive`; on_step(tokens, prompts that are not
+    The other arguments, and errors, as in `rollout_naive`, though a draft whose logits are invalid
+    is an error even where it would not have been written; on_step(tokens, prompts that are not
     finished) is called after every round. Raises ValueError for architectures with sliding windows,
     and where not one row fits into memory.
     """
@@ -316,7 +332,14 @@ def rollout(
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     if history is not None and len(history) != len(prompts):
         raise ValueError(f"history: got {len(history)}, expected one for each of {len(prompts)}")
-    engine = engine or Engine(teacher, student, block=block, drafter=drafter, costs=costs)
+    check_request(prompts, max_new_tokens, sequence_ids)
+    models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    if engine is None:
+        engine = Engine(teacher, student, block=block, drafter=drafter, costs=costs)
+    elif engine.given != models:
+        raise ValueError("engine: got one of other models, expected this teacher and student")
+    elif (block, drafter, costs) != (None, None, None):
+        raise ValueError("got an engine and block, drafter or costs, which are the engine's own")
     for model in engine.given.values():
         check_lengths(model, prompts, max_new_tokens)
         model.eval()
@@ -354,6 +377,7 @@ def rollout(
             free = decoder.round(max_new_tokens - slots.least_position())
         except InvalidLogits as error:
             decoder.locate(error)
+            engine.release()  # NaN in a cache stays: it is multiplied by a weight of 0, and kept
             raise
         engine.tell(begun)
         left -= len(free)

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from switchkd.cache import CachedModel, check_architecture, position_bytes
+from switchkd.cache import CachedModel, check_architecture, check_positions, position_bytes
 from switchkd.graphs import Graphs
 from switchkd.planner import Planner
 
@@ -48,6 +48,7 @@ class Engine:
         self.planner = Planner(*self.plan)
         self.room = 0, 0  # rows and positions to begin with, if later rollouts will need them
         self.asked = self.slots = self.capacity = 0
+        self.kind = None  # of what the caches hold
         self.models: dict[str, CachedModel] = {}
         self.graphs = Graphs(self.device, student.dtype)
         self.stream, self.spans = None, []
@@ -62,14 +63,18 @@ class Engine:
         self.spans.clear()  # of a round that an error ended
         if self.device.type == "cuda":  # to ask at every event costs as much as to record it
             self.stream = torch.cuda.current_stream(self.device)
-        if rows > self.asked or capacity > self.capacity:
+        kind = [(model.dtype, torch.is_inference_mode_enabled()) for model in self.given.values()]
+        if rows > self.asked or capacity > self.capacity or kind != self.kind:
             asked = max(rows, self.asked, self.room[0])
             capacity = max(capacity, self.capacity, self.room[1])
+            for model in self.given.values():
+                check_positions(model, capacity)
             self.release()
-            self.asked, self.slots, self.capacity = asked, self.fitting(asked, capacity), capacity
+            slots = self.fitting(asked, capacity)
             self.models = {
-                role: CachedModel(model, self.slots, capacity) for role, model in self.given.items()
+                role: CachedModel(model, slots, capacity) for role, model in self.given.items()
             }
+            self.asked, self.slots, self.capacity, self.kind = asked, slots, capacity, kind
         return min(rows, self.slots)
 
     def fitting(self, rows: int, capacity: int) -> int:

@@ -12,6 +12,8 @@ def by_length(lengths: Sequence[int], pass_cost: float) -> list[list[int]]:
     costs, in tokens, because it reads all weights once more; infinite: one group.
     """
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    if pass_cost == float("inf"):
+        return [order] if order else []
     cost, start = [0.0], [0]  # of the best groups of the first rows; where the last of them begins
     for end in range(1, len(order) + 1):
         least, first = min(

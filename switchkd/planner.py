@@ -129,13 +129,13 @@ class Planner:
         *,
         settled: bool = False,
         student_follows: bool = True,
-        along: float = 0.0,
+        along: float | None = None,
     ) -> tuple[str, int]:
         """(drafter, k <= limit) with the most expected tokens a second around `position`.
 
         settled: the teacher writes all rows, the student is needed as a drafter only, and only if
         student_follows, that is, its cache holds all rows. along: share of rows that have so far
-        followed their earlier completion.
+        followed their earlier completion, if there are any.
         """
         needed = ("teacher",) if settled else ("teacher", "student")
 
@@ -151,7 +151,7 @@ class Planner:
         usable = {
             "teacher": True,
             "student": student_follows,
-            "history": along > 0 or self.drafters == ("history",),
+            "history": along is not None and (along > 0 or self.drafters == ("history",)),
         }
         drafters = [d for d in self.drafters if usable[d]] or ["teacher"]
         blocks = sorted({min(k, limit) for k in self.blocks})

@@ -176,6 +176,18 @@ def written_by(role: str, token: Tensor, logits: Tensor, vocab_size: int | None)
     )
 
 
+def check_request(prompts: Sequence, max_new_tokens: int, sequence_ids: Sequence | None) -> None:
+    """Refuse what no model could write."""
+    if len(prompts) == 0:
+        raise ValueError("prompts: got none, expected at least one")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+    if sequence_ids is not None and len(sequence_ids) != len(prompts):
+        raise ValueError(
+            f"sequence_ids: got {len(sequence_ids)}, expected {len(prompts)}, one for each prompt"
+        )
+
+
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that are empty, or that do not leave room for the response."""
     for row, prompt in enumerate(prompts):
@@ -220,6 +232,7 @@ def rollout_naive(
     policy, sampling = policy or Student(), sampling or Sampling()
     if teacher is None and policy.needs_teacher:
         raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
+    check_request(prompts, max_new_tokens, sequence_ids)
     streams = [_Stream(model) for model in (teacher, student) if model is not None]
     for stream in streams:
         check_lengths(stream.model, prompts, max_new_tokens)

@@ -34,7 +34,8 @@ class Record:
             if name not in self.columns:
                 shape = (*self.nan.shape, *value.shape[2:])
                 self.columns[name] = value.new_full(shape, float("nan"))
-            self.columns[name][job[:, None], column] = value
+            store = self.columns[name]
+            store[job[:, None], column] = value.to(store.dtype)
         self.lengths.index_add_(0, job, gained)
         self.row_rounds += len(job)
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import arms, intervention, misguidance, runs, tables
-from switchkd.config import ScriptArguments, SwitchConfig
+from switchkd.arguments import ScriptArguments
+from switchkd.config import SwitchConfig
 
 QUIET = Console(quiet=True)
 
@@ -92,6 +93,19 @@ def test_interventions_are_counted_by_position_and_by_divergence():
     assert by_position[1][2:] == pytest.approx([0.62, 0.2])
     shares = {intervention.BOUNDS[k]: v[:2] for k, v in by_divergence.items()}
     assert shares == {0: [2, 0], 0.1: [4, 0], 0.3: [2, 2], 0.9: [2, 2]}
+
+
+def test_interventions_deviate_between_seeds(tmp_path):
+    def run(*teacher):
+        n = len(teacher)
+        return [{"from_teacher": teacher, "divergence": [0.15] * n, "threshold": [0.1] * n}]
+
+    intervention.analyse([run(0, 1, 1, 1), run(0, 0, 1, 0, 1)], tmp_path, QUIET)
+    with (tmp_path / "intervention_by_position.csv").open(encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["tokens"], first["teacher_share"]) == ("8", "0.5")
+    assert float(first["teacher_share_deviation"]) == pytest.approx(math.sqrt(0.125), rel=1e-5)
+    assert (second["tokens"], second["teacher_share_deviation"]) == ("1", "nan")  # of one seed
 
 
 def test_a_table_and_a_plot_of_arms(tmp_path):

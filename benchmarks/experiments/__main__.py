@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
                 misguidance.analyse(runs, args.probe_size, out, console)
             elif name == "intervention":
                 runs.train([arms.SWITCH])
-                intervention.analyse(runs.completions(arms.SWITCH), out, console)
+                records = [runs.completions(arms.SWITCH, seed) for seed in runs.seeds]
+                intervention.analyse(records, out, console)
             else:
                 some = compared[name]
                 runs.train(some.values())

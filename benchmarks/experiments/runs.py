@@ -193,12 +193,11 @@ class Runs:
             found.append({k: summary["after"].get(k, summary.get(k)) for k in MEASURES})
         return found
 
-    def completions(self, arm: Mapping) -> Iterable[dict]:
-        """The records of every rollout of an arm, all seeds."""
-        for seed in self.seeds:
-            path = self.path(self.distilled(arm, seed)) / "completions.jsonl"
-            with path.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
+    def completions(self, arm: Mapping, seed: int) -> Iterable[dict]:
+        """The records of every rollout of one run of an arm."""
+        path = self.path(self.distilled(arm, seed)) / "completions.jsonl"
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> tuple[float, float] | None:
