@@ -4,7 +4,7 @@ Before an implementation is timed its results are compared with the float64 refe
 differ, the run stops; a peer that differs is named and left out. Then, per case and implementation:
 
 fwd, bwd, full   forward (of a loss: with its gradient to come), backward, both
-... graph        the same as the replay of a CUDA graph, for the few rows of a decoding step
+... graph        the same as the replay of a CUDA graph, for the few rows of a decoding round
 ceiling          the large copy, the large product, the bare products of a head and, on a CPU, the
                  copy of both logits of a case that were measured in the same run;
                  `ceiling_share` is relative to them, the time of a ceiling of the same case by
@@ -61,7 +61,7 @@ from benchmarks.timing import (
 )
 
 SETS = 3  # of inputs, used in turn
-FEW_ROWS = 64  # up to so many a CUDA graph is measured, too
+FEW_ROWS = 256  # up to so many a CUDA graph is measured, too; those of eager code keep gigabytes
 CAPTURABLE = ("triton", "eager", "compile")  # wait for nothing on the device
 
 

@@ -97,9 +97,9 @@ def train(options: dict, begin, seconds: list | None = None) -> list[dict]:
     """One run on rows of random ids, all at their limits."""
     from transformers import TrainerCallback
 
-    from switchkd.config import parse
+    from switchkd.command_line import parse
     from switchkd.data import Example, Report, Row, Rows
-    from switchkd.train import load_models, peft_config
+    from switchkd.loading import load_models, load_tokenizers, peft_config
     from switchkd.trainer import SwitchTrainer
 
     class Clock(TrainerCallback):
@@ -113,7 +113,8 @@ def train(options: dict, begin, seconds: list | None = None) -> list[dict]:
             self.last = now
 
     script, config = parse(flags(options | {"logging_steps": 1}))
-    tokenizer, student, _, teacher = load_models(script, config)
+    tokenizer, _ = load_tokenizers(script, config)
+    student, teacher = load_models(script, config)
     rng = random.Random(0)
 
     def ids(count: int) -> list[int]:
@@ -139,7 +140,7 @@ def train(options: dict, begin, seconds: list | None = None) -> list[dict]:
 
 def check(name: str, options: dict, allocator: str) -> dict:
     """One case, planned and run."""
-    from switchkd.config import parse
+    from switchkd.command_line import parse
     from switchkd.plan import make_plan
     from switchkd.plan_speed import probe
 
@@ -175,7 +176,7 @@ def machine() -> dict:
     import torch
     import transformers
 
-    from switchkd.doctor import processor_name
+    from switchkd.devices import processor_name
 
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -3,6 +3,7 @@
 They are constants of the kernels' modules (BLOCK, WARPS, ...). Per shape each is varied in turn, a
 block and its warps together, the others at the best found so far, twice round, starting from the
 values in the source. A point counts only if its results pass the gate of benchmarks/kernels.py.
+Draws of few rows are timed as the replay of a CUDA graph, so that no launch is part of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernel_cases import DRAWS, Case, differs, expected, inputs, leaves, ours
-from benchmarks.timing import Timer, Times, describe, dtype_name, open_device
+from benchmarks.kernels import FEW_ROWS
+from benchmarks.timing import Timer, Times, captured, describe, dtype_name, open_device
 
 OPS = ("switch_select", "sample", "divergence_loss")
 CANDIDATES = {  # by the end of a constant's name
@@ -83,9 +85,16 @@ def sweep(case: Case, timer: Timer, device_name: str) -> tuple[list[dict], dict]
     want, run = expected(case, data[0]), ours(case, "triton")
     rows = []
 
-    def timed(*args):
-        out = run(*args)
-        return out if case.op in DRAWS else torch.autograd.grad(out, leaves(args))
+    def backward(*args):
+        return torch.autograd.grad(run(*args), leaves(args))
+
+    def timed() -> Times:
+        if case.op not in DRAWS:
+            return timer(backward, lambda i: data[i % SETS])
+        if case.rows > FEW_ROWS:
+            return timer(run, lambda i: data[i % SETS])
+        graphs = [captured(run, one) for one in data]
+        return timer(lambda replay: replay(), lambda i: (graphs[i % SETS],))
 
     def measure(point: dict) -> float:
         for name, value in point.items():
@@ -94,7 +103,7 @@ def sweep(case: Case, timer: Timer, device_name: str) -> tuple[list[dict], dict]
         try:
             problem = differs(case, "triton", run, data[0], want)
             if problem is None:
-                times = timer(timed, lambda i: data[i % SETS])
+                times = timed()
         except Exception as error:  # a point may not fit the device
             problem = str(error).strip().partition("\n")[0]
         values = case.op, case.rows, case.vocab, dtype_name(case.dtype), spell(point)

@@ -1,9 +1,9 @@
 """How the benchmarks measure: repeated runs on a cold cache, memory, ceilings, rows and files.
 
 A time is the median of single runs, with the 20th and 80th percentile beside it. On a GPU events on
-the stream bracket each run, and before it a buffer of three times the second-level cache is *read*:
+the stream bracket each run, and before it a buffer larger than the second-level cache is *read*:
 one that is written would leave dirty lines, which the run then pays to write back. Launches overlap
-that read, so a time is that of the device unless an op launches more slowly than it computes.
+that read, so a time is that of the device unless an op takes longer to launch than the read lasts.
 On a CPU, which others may use, too, implementations take turns, so that each meets the same load,
 and ratios are those of the 20th percentiles, which the load moves least. Where that is not enough a
 time can be that of the process on all its threads, over their number: what threads that are always
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd.doctor import find_device, processor_name
+from switchkd.devices import find_device, processor_name
 
 
 @dataclass
@@ -115,8 +115,12 @@ class Timer:
         self.seconds = 0.1 if device.type == "cuda" else 0.04  # of timed runs
         self.scrub = None
         if device.type == "cuda":
-            size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-            self.scrub = torch.zeros(3 * (size or 64 * 2**20) // 4, device=device)
+            # Three times the cache would be read in 42 us on an H200, and the host needs 90 to
+            # launch switch_select: it would be timed. 1 GiB takes 250.
+            gpu = torch.cuda.get_device_properties(device)
+            cache = getattr(gpu, "L2_cache_size", 0) or 64 * 2**20
+            size = max(3 * cache, min(2**30, gpu.total_memory // 16))
+            self.scrub = torch.zeros(size // 4, device=device)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,6 +26,9 @@ from switchkd.config import SwitchConfig
 from switchkd.data import Example, Report, Row, Rows
 from switchkd.trainer import SwitchTrainer
 
+# cuDNN's attention, which torch 2.11 prefers on an H100, plans anew for every shape: a step whose
+# prefix grows would be timed as planning. Ours never takes it, so the others do not, either.
+torch.backends.cuda.enable_cudnn_sdp(False)
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns that GKDTrainer may move
 try:
     from trl import __version__ as TRL_VERSION
@@ -277,6 +279,8 @@ def gkd_trainer(pair: Pair, batch: int, new_tokens: int, folder: str):
     `generate`; the precision of the models."""
     if trl_refuses(pair):
         return TimedWrittenGkd(pair, new_tokens)
+    import datasets  # which TRL needs, and nothing else here
+
     kind = type("TimedGkd", (Timed, GKDTrainer), {})
     args = GKDConfig(
         output_dir=folder, use_cpu=pair.student.device.type == "cpu", lmbda=1.0, temperature=1.0,

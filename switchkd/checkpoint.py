@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-COMPLETIONS = "completions.jsonl"
+CONFIG, COMPLETIONS, SUMMARY = "config.yaml", "completions.jsonl", "summary.json"
+STATE = "trainer_state.json"
 RUN_STATE = "run_state.json"  # in each checkpoint: what the summary needs beyond trainer_state.json
 
 
@@ -18,14 +21,16 @@ def checkpoint_step(path: str | Path) -> int:
     return int(Path(path).name.rsplit("-", 1)[-1])
 
 
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, the newest first."""
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    found = [path for path in found if path.name.rsplit("-", 1)[-1].isdigit()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run; one that a kill cut off is passed over."""
-    found = [
-        path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[-1].isdigit()
-    ]
-    for path in sorted(found, key=checkpoint_step, reverse=True):
+    for path in checkpoints(output_dir):
         with contextlib.suppress(ValueError):
             check_checkpoint(path)
             return str(path)
@@ -37,7 +42,7 @@ def check_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"checkpoint: got {path}, expected an existing folder checkpoint-N")
-    for name in ("trainer_state.json", RUN_STATE):  # the first is written last of all files
+    for name in (STATE, RUN_STATE):  # the first is written last of all files
         try:
             json.loads((path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -51,6 +56,57 @@ def check_checkpoint(path: str | Path) -> None:
                 tensors.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"checkpoint {path}: {file.name} is broken ({error})") from None
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
+    """The checkpoint to resume from: `wanted`, or for "last" and True the last of a run; ValueError
+    unless it is intact."""
+    if str(wanted).lower() not in ("true", "last"):
+        check_checkpoint(wanted)
+        return str(wanted)
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        raise ValueError(f"resume_from_checkpoint: got no intact checkpoint in {output_dir}")
+    return checkpoint
+
+
+def read_run_state(checkpoint: str | Path, digest: str | None = None) -> dict:
+    """What the trainer left in a checkpoint; ValueError if it was trained on other rows than those
+    of `digest`."""
+    state = json.loads((Path(checkpoint) / RUN_STATE).read_text(encoding="utf-8"))
+    before = state.get("rows")
+    if None not in (digest, before) and digest != before:
+        raise ValueError(
+            f"training data: got rows with the digest {digest}, expected {before}, as in the run "
+            f"to resume ({checkpoint})"
+        )
+    return state
+
+
+def adopt_threshold(config, checkpoint: str | Path) -> None:
+    """Go on with the threshold that the run to resume has chosen for its teacher's share."""
+    chosen = read_run_state(checkpoint).get("calibration")
+    if chosen is not None:
+        config.switch_tau0, config.switch_lambda = chosen["switch_tau0"], chosen["switch_lambda"]
+    elif config.target_teacher_share is not None:
+        raise ValueError(
+            f"target_teacher_share: got {config.target_teacher_share:g}, expected none, as in the "
+            f"run to resume ({checkpoint})"
+        )
+
+
+def read_settings(output_dir: str | Path) -> dict:
+    """The options of a run as its config.yaml says; empty if there is none."""
+    path = Path(output_dir) / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got no key: value lines, expected a run's options")
+    return values
 
 
 def unsaved(folder: Path, error: Exception) -> OSError:
@@ -69,6 +125,15 @@ def append_completions(output_dir: str | Path, records: list[dict]) -> None:
     """One line of completions.jsonl per rollout: enough to look at it, or to replay it."""
     with (Path(output_dir) / COMPLETIONS).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def set_completions_aside(output_dir: str | Path) -> Path | None:
+    """Rename the completions.jsonl of an earlier run; returns what it is called now."""
+    path = Path(output_dir) / COMPLETIONS
+    if not path.exists():
+        return None
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def last_completions(output_dir: str | Path) -> dict[int, list[int]]:

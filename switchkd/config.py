@@ -1,28 +1,21 @@
-"""Configuration: two dataclasses, from which the command line and the YAML keys are made.
+"""How to distil: the options of `SwitchConfig`, which are flags and YAML keys, and their checks.
 
-Names follow TRL's GKDConfig and ModelConfig where those have one.
+Names follow TRL's GKDConfig where it has one.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import sys
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from switchkd import calibration
+from switchkd.arguments import DTYPES, option
 from switchkd.distributed import check_launch
-from switchkd.methods import METHODS, preset, with_methods
+from switchkd.methods import METHODS, with_methods
 from switchkd.mixture import FRESH_SHARE
-from switchkd.models import EMBEDDED, EMBEDDED_DIR
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
-from switchkd.quantization import NAMED
 from switchkd.rollout import Sampling
 
 POLICIES = ("switch", "adaswitch", "skd", "student", "teacher")
@@ -36,53 +29,7 @@ LOSSES = (
     "cross_entropy",
     "contrastive_skew",
 )
-ALIASES = {  # other projects' names of the same thing
-    "max_completion_length": "max_new_tokens",
-    "max_prompt_len": "max_prompt_length",
-    "torch_dtype": "dtype",
-    "skew_lambda": "skew_alpha",
-    "teacher_model": "teacher_model_name_or_path",
-    "dataset": "dataset_name",
-}
-DEMO = EMBEDDED_DIR / "demo.yaml"
-
-
-def option(text: str, default=None):
-    """A dataclass field with its help text."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class ScriptArguments:
-    """Which models and which data."""
-
-    model_name_or_path: str = option("Student: Hub id, folder, or 'embedded'.", EMBEDDED)
-    model_revision: str = option("Revision of the student on the Hub.", "main")
-    gguf_file: str | None = option("Read the student from this GGUF file in its folder.")
-    student_layers: str | None = option("Keep only these layers of the student, e.g. 0-11,18-29.")
-    dtype: str = option("Type of the student's weights: float32, bfloat16, auto.", "float32")
-    attn_implementation: str | None = option("Attention of both models: sdpa, eager, ...")
-    trust_remote_code: bool = option("Allow code from the Hub for both models.", False)
-    teacher_model_name_or_path: str | None = option("Teacher: Hub id, folder, or 'embedded'.")
-    teacher_model_revision: str = option("Revision of the teacher on the Hub.", "main")
-    teacher_gguf_file: str | None = option("Read the teacher from this GGUF file in its folder.")
-    teacher_dtype: str = option("Type of the teacher's weights.", "auto")
-    teacher_quantization: str | None = option(f"{', '.join(NAMED)}, or JSON of such a config.")
-    use_peft: bool = option("Train LoRA adapters on the student (needs peft).", False)
-    lora_r: int = option("Rank of the LoRA adapters.", 16)
-    lora_alpha: int = option("Scale of the LoRA adapters.", 32)
-    lora_dropout: float = option("Dropout of the LoRA adapters.", 0.0)
-    lora_target_modules: list[str] | None = option("Their modules: q_proj v_proj; all-linear.")
-    dataset_name: str = option("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
-    dataset_train_split: str = option("Split to train on (Hub and embedded data).", "train")
-    eval_dataset_name: str | None = option("Validation data; by default rows held out of training.")
-    dataset_test_split: str = option("Split of the validation data.", "validation")
-    eval_size: int = option("Rows held out for validation, or at most so many are used.", 100)
-    max_train_rows: int | None = option("Use only the first so many rows.")
-    skip_malformed: bool = option("Leave malformed rows out instead of stopping.", False)
-    template: str = option("auto, chat, alpaca or none.", "auto")
+RATES = {"random": 0.5, "mix-in": 0.2, "sequence": 0.5}  # the teacher's share by default
 
 
 @with_methods
@@ -181,11 +128,20 @@ class SwitchConfig(TrainingArguments):
     lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
     weight_decay: float = option("AdamW weight decay.", 0.01)
     logging_steps: float = option("Steps between log lines.", 10)
-    eval_strategy: str = option("When to validate: no, steps, epoch.", "epoch")
-    save_strategy: str = option("When to save: no, steps, epoch, best.", "epoch")
+    eval_strategy: str | None = option(
+        "When to validate: no, steps, epoch. Default: steps with eval_steps, epoch without."
+    )
+    save_strategy: str | None = option(
+        "When to save: no, steps, epoch, best. Default: steps with save_steps, epoch without."
+    )
+    save_steps: float | None = option("Steps between checkpoints; below 1, a share of the run.")
     save_total_limit: int | None = option("Checkpoints kept, the best always.", 2)
     metric_for_best_model: str | None = option("Chooses the best checkpoint.", "rouge_l")
-    load_best_model_at_end: bool = option("End with the best checkpoint.", True)
+    load_best_model_at_end: bool | None = option(
+        "End with the best checkpoint. Default: where every checkpoint has been validated.",
+        nargs="?",
+        const=True,
+    )
     remove_unused_columns: bool | None = option("Must stay off.", False)
     use_cache: bool = option("What the student's config says; rollouts always cache.", True)
     dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
@@ -195,8 +151,15 @@ class SwitchConfig(TrainingArguments):
             self.rollout_policy, self.lmbda = "teacher", 1.0
         if self.loss_type is None:
             self.loss_type = "skew_reverse_kl" if self.beta is None else "generalized_jsd"
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end = False
+        for kind in ("eval", "save"):
+            if getattr(self, f"{kind}_strategy") is None:
+                epochs = getattr(self, f"{kind}_steps") is None
+                setattr(self, f"{kind}_strategy", "epoch" if epochs else "steps")
+        if self.save_steps is None:
+            self.save_steps = 500
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self._checkpoints_are_validated()
+        self.rollout_dtype = DTYPES.get(self.rollout_dtype, self.rollout_dtype)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
         if not torch.accelerator.is_available():
@@ -227,12 +190,18 @@ class SwitchConfig(TrainingArguments):
         need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
         need("contrastive_weight", 0 <= self.contrastive_weight <= 2, "a number in [0, 2]")
         need("jsd_base", str(self.jsd_base) in ("2", "e"), "2 or e")
+        rated = self.switch_schedule in RATES
+        rates = f"no rate unless switch_schedule is one of {tuple(RATES)}"
+        need("switch_rate", self.switch_rate is None or rated, rates)
         self._check_mixture(need)
         for name in (
             "max_new_tokens",
             "max_prompt_length",
             "rollout_batch_size",
             "calibration_rows",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
         ):
             need(name, getattr(self, name) >= 1, "an integer >= 1")
         need("decoder", self.decoder in ("block", "naive"), "block or naive")
@@ -240,7 +209,7 @@ class SwitchConfig(TrainingArguments):
         need("rollout_block", block is None or block >= 1, "an integer >= 1, or none")
         drafters = (None, "student", "teacher")
         need("rollout_drafter", self.rollout_drafter in drafters, "student or teacher, or none")
-        dtypes = (None, "float32", "bfloat16", "float16")
+        dtypes = (None, *DTYPES.values())
         need("rollout_dtype", self.rollout_dtype in dtypes, f"one of {dtypes}")
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")
         apart = not (self.shard_teacher and self.teacher_is_base)
@@ -270,6 +239,13 @@ class SwitchConfig(TrainingArguments):
         fresh = self.replay_capacity == 0 or not self.importance_weight
         need("importance_weight", fresh, "no replay: the weight is that of the student who wrote")
 
+    def _checkpoints_are_validated(self) -> bool:
+        """What load_best_model_at_end asks for."""
+        if self.eval_strategy == "no" or self.save_strategy not in (self.eval_strategy, "best"):
+            return False
+        every = self.eval_steps or self.logging_steps or 1
+        return self.save_strategy != "steps" or self.save_steps % every == 0
+
     @property
     def needs_teacher(self) -> bool:
         rollouts = self.lmbda > 0 or self.adaptive_lmbda
@@ -284,7 +260,7 @@ class SwitchConfig(TrainingArguments):
     def policy(self) -> Policy:
         """The rollout policy of this configuration."""
         if self.rollout_policy == "switch":
-            rate = {"random": 0.5, "mix-in": 0.2}.get(self.switch_schedule, 0.5)
+            rate = RATES.get(self.switch_schedule, 0.5)
             return Switch(
                 schedule=self.switch_schedule,
                 tau0=self.switch_tau0,
@@ -316,78 +292,3 @@ class SwitchConfig(TrainingArguments):
             top_p=self.top_p,
             min_p=self.min_p,
         )
-
-
-def read_yaml(path: str, *classes) -> dict:
-    """A YAML mapping with known keys only; aliases are translated."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"config: got {path}, expected an existing YAML file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config {path}: got {type(values).__name__}, expected key: value lines")
-    known = {f.name: f.type for cls in classes for f in fields(cls) if f.init}
-    clean = {}
-    for key, value in values.items():
-        name = ALIASES.get(key, key)
-        if name not in known:
-            near = difflib.get_close_matches(str(key), [*known, *ALIASES], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
-        if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
-            value = float(value)  # YAML 1.1 reads 1e-4 as a string
-        elif str(known[name]).removeprefix("<class '").startswith("str"):  # parsers resolve names
-            if isinstance(value, dict):
-                value = json.dumps(value)
-            elif isinstance(value, (int, float)):
-                value = str(value)  # student_layers: 0
-        clean[name] = value
-    return clean
-
-
-def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]:
-    """Command line and YAML to configuration; flags win over the file.
-
-    Without a config file and without a model, the embedded demonstration is configured.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    classes = (ScriptArguments, SwitchConfig)
-    argv = [_translate(argument) for argument in argv]
-    parser = HfArgumentParser(classes, prog="python -m switchkd.train", allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of these options; flags win.")
-    given = {a.split("=")[0] for a in argv if a.startswith("--")}
-    path = _value_of("--config", argv)
-    if path is None and not given & {"--model_name_or_path", "--dataset_name"}:
-        path = str(DEMO)
-    values = {} if path is None else read_yaml(path, *classes)
-    method = _value_of("--method", argv) or values.get("method")
-    named = {flag[2:].replace("-", "_") for flag in given}
-    parser.set_defaults(**preset(method, {*values, *named}))
-    parser.set_defaults(**values)
-    unknown = given - {o for action in parser._actions for o in action.option_strings}
-    if unknown:
-        flag = sorted(unknown)[0]
-        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"got the unknown option {flag}{hint}")
-    script, config, _ = parser.parse_args_into_dataclasses(argv)
-    return script, config
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """What follows a flag, the last time that it is there; None if it is not."""
-    found = None
-    for at, argument in enumerate(argv):
-        name, sep, value = argument.partition("=")
-        if name == flag:
-            found = value if sep else "".join(argv[at + 1 : at + 2])
-    return found
-
-
-def _translate(argument: str) -> str:
-    flag, sep, value = argument.partition("=")
-    name = ALIASES.get(flag[2:]) if flag.startswith("--") else None
-    return f"--{name}{sep}{value}" if name else argument

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
+
+from switchkd.checkpoint import checkpoint_step
 
 TEACHER_STYLE = "black on bright_yellow"
 
@@ -49,12 +52,18 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
             values = [summary[when].get(key) for when in ("before", "after")]
             cells = ["-" if v is None else f"{v:.3f}" for v in values]
             table.add_row(label, *cells, better)
-    console.print(table)
+    if table.row_count:  # no score without references
+        console.print(table)
+    best = summary.get("best_checkpoint")
+    if best and checkpoint_step(best) < summary["steps"]:
+        metric = summary["best_metric"]
+        console.print(f"after: {Path(best).name}, best {metric} on these rows", highlight=False)
     floors = ", ".join(
         f"{name.replace('_', ' ')} {value['rouge_l']:.2f}"
         for name, value in summary["floors"].items()
     )
-    console.print(f"Rouge-L floors: {floors}")
+    if floors:
+        console.print(f"Rouge-L floors: {floors}")
     if summary["teacher_share"] is not None:
         console.print(
             f"rollouts: {summary['rollout_tokens']:,} tokens, "
@@ -68,7 +77,7 @@ class GracefulStop(TrainerCallback):
     """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; twice stops at once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.saved = False, None
 
     def install(self) -> None:
         for sig in (signal.SIGINT, signal.SIGTERM):
@@ -82,5 +91,15 @@ class GracefulStop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested and state.global_step < state.max_steps:
-            control.should_training_stop = control.should_save = True
-        return control
+            control.should_training_stop = True
+            if args.save_total_limit == 1:  # Trainer would end by deleting all but the best
+                args.save_total_limit = 2
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Trainer ends the epoch at a stop, too. In its middle, no validation is due."""
+        if self.requested and control.should_training_stop and state.global_step < state.max_steps:
+            control.should_evaluate &= state.epoch % 1 == 0
+            control.should_save = control.should_evaluate or self.saved != state.global_step

@@ -10,15 +10,19 @@ Malformed rows stop the run, unless it is told to leave them out, too.
 
 from __future__ import annotations
 
-import json
+import hashlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
-from switchkd.models import EMBEDDED, EMBEDDED_DIR
+from switchkd.arguments import TEMPLATES
+from switchkd.records import EVALUATED, Unreadable, lines_of, read_records
 
 # The template of MiniLLM and SWITCH (arXiv 2410.19503, Fig. 4), for tokenizers without their own.
 _HEADER = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"  # noqa: E501
@@ -47,6 +51,15 @@ class Example:
     references: tuple[str, ...]
     line: int
     source: str = ""
+
+    @property
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as a chat template takes them."""
+
+        def text(message) -> str:
+            return "\n\n".join(filter(None, (message["content"], message.get("input"))))
+
+        return [{"role": message["role"], "content": text(message)} for message in self.messages]
 
     @property
     def question(self) -> str:
@@ -101,27 +114,42 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> int:
         return index
 
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any token of any row, and with their order."""
+        sha = hashlib.sha256()
+        for row in self.rows:
+            sizes = row.id, len(row.prompt_ids), len(row.completion_ids)
+            sha.update(array("q", [*sizes, *row.prompt_ids, *row.completion_ids]).tobytes())
+        return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of a data set, to be left out of another: each as text and as messages."""
+
+    source: str
+    known: frozenset
+
+    def __contains__(self, keys: tuple) -> bool:
+        return not self.known.isdisjoint(keys)
+
 
 def read_examples(
     source: str,
     *,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     limit: int | None = None,
     skip_malformed: bool = False,
 ) -> tuple[list[Example], Report]:
-    """Read a JSON Lines file, a Hub dataset id or folder (through `datasets`), or `embedded`.
+    """Read what `read_records` finds; of several splits the first that there is.
 
     Lines that are not JSON and rows of a wrong shape raise ValueError with their line numbers, or
     are counted and left out with skip_malformed; empty rows are always counted and left out.
     Raises ValueError for an empty data set.
     """
-    if source == EMBEDDED:
-        source = str(EMBEDDED_DIR / "data" / f"{split}.jsonl")
-    path = Path(source)
-    local = path.suffix in (".jsonl", ".json") or path.is_file()
-    records = _read_file(path) if local else _read_hub(source, split)
-    report = Report(source=path.name if local else f"{source} [{split}]")
-    return examples_from(records, report, limit, skip_malformed)
+    name, records = read_records(source, (split,) if isinstance(split, str) else split)
+    return examples_from(records, Report(name), limit, skip_malformed)
 
 
 def examples_from(
@@ -143,6 +171,8 @@ def examples_from(
                 raise ValueError(
                     f"got the form {form}, expected {report.form} as in the lines before"
                 )
+            texts = *(m["content"] + m.get("input", "") for m in messages), *references
+            "".join(texts).encode()  # refuses half a character, with a ValueError
         except ValueError as error:
             report.drop("malformed rows", line)
             malformed.append(f"line {line}: {error}")
@@ -168,39 +198,9 @@ def examples_from(
     return examples, report
 
 
-def _read_file(path: Path) -> Iterable[Mapping | _NotJson | None]:
-    if not path.is_file():
-        raise ValueError(f"data: got {path}, expected an existing .jsonl file or a Hub dataset id")
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.strip():
-                yield None
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                yield _NotJson(f"not valid JSON ({error.msg} at column {error.colno}), cut off?")
-
-
-def _read_hub(name: str, split: str) -> Iterable[Mapping]:
-    from datasets import load_dataset  # slow to import, and not needed for local files
-
-    try:
-        return load_dataset(name, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"data: cannot load {name!r} [{split}] ({type(error).__name__}: {error}); "
-            "expected a Hub dataset id, a folder of data files, a .jsonl file, or 'embedded'"
-        ) from error
-
-
-class _NotJson(str):
-    """Why a line could not be read."""
-
-
 def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
     """(form, prompt messages, references) of one record."""
-    if isinstance(record, _NotJson):
+    if isinstance(record, Unreadable):
         raise ValueError(record)
     if not isinstance(record, Mapping):
         raise ValueError(f"got {type(record).__name__}, expected a JSON object")
@@ -245,12 +245,12 @@ def _messages(record: Mapping, key: str) -> tuple[Mapping[str, str], ...]:
         fields = isinstance(message, Mapping) and (message.get("role"), message.get("content"))
         if not fields or not all(isinstance(f, str) for f in fields):
             raise ValueError(f"{key}: expected messages with a role and a text content")
-    return tuple(messages)
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
 def _texts(value, key: str) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{key}: got {value!r:.60}, expected a string or a list of strings")
     return tuple(texts)
 
@@ -263,28 +263,29 @@ def tokenize(
     max_prompt_length: int,
     max_completion_length: int,
     template: str = "auto",
+    exclude: Prompts | None = None,
 ) -> Rows:
     """Token ids of every example that fits; the others are counted in the report.
 
     template: "chat" (the tokenizer's own), "alpaca", "none" (the prompt as it stands), or "auto":
     chat if the tokenizer has one, else alpaca for instructions and none for prompts. A completion
-    is the first reference followed by EOS, tokenised apart from the prompt.
+    is the first reference followed by EOS, tokenised apart from the prompt. exclude: prompts whose
+    rows are left out.
     """
-    if template == "auto":
-        plain = "none" if report.form == "prompt/completion" else "alpaca"
-        template = "chat" if tokenizer.chat_template else plain
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("template: got 'chat', but the tokenizer has no chat template")
+    template = _template(template, report.form, tokenizer)
     report.template = f"{template} template"
     rows = []
     for example in examples:
-        prompt = _prompt_ids(example, tokenizer, template)
+        text = _prompt_text(example, report.source, tokenizer, template)
+        prompt = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
         completion = []
         if example.references:
-            text = example.references[0]
-            completion = tokenizer(text, add_special_tokens=False)["input_ids"]
+            response = example.references[0]
+            completion = tokenizer(response, add_special_tokens=False)["input_ids"]
             completion.append(tokenizer.eos_token_id)
-        if len(prompt) > max_prompt_length:
+        if exclude is not None and _keys(example, text) in exclude:
+            report.drop(f"rows that are in {exclude.source}", example.line)
+        elif len(prompt) > max_prompt_length:
             report.drop(f"rows with a prompt over {max_prompt_length} tokens", example.line)
         elif len(completion) > max_completion_length:
             report.drop(f"rows with a response over {max_completion_length} tokens", example.line)
@@ -292,8 +293,17 @@ def tokenize(
             rows.append(Row(prompt, completion, example))
     report.kept = len(rows)
     if not rows:
-        raise ValueError(f"no row fits the length limits\n{report}")
+        raise ValueError(f"no row is left, expected at least one\n{report}")
     return Rows(rows, report)
+
+
+def read_prompts(source: str, tokenizer, template: str, skip_malformed: bool = False) -> Prompts:
+    """The prompts of a data set, of the split to evaluate on where it has several."""
+    examples, report = read_examples(source, split=EVALUATED, skip_malformed=skip_malformed)
+    template = _template(template, report.form, tokenizer)
+    texts = (_prompt_text(e, report.source, tokenizer, template) for e in examples)
+    known = (key for e, text in zip(examples, texts, strict=True) for key in _keys(e, text))
+    return Prompts(report.source, frozenset(known))
 
 
 def rows_from(
@@ -305,27 +315,41 @@ def rows_from(
     return tokenize(examples, report, tokenizer, **limits)
 
 
-def _prompt_ids(example: Example, tokenizer, template: str) -> list[int]:
-    messages = example.messages
+def _template(template: str, form: str, tokenizer) -> str:
+    """The template of rows of this form."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template: got {template!r}, expected one of {', '.join(TEMPLATES)}")
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError("template: got 'chat', but the tokenizer has no chat template")
+    if template != "auto":
+        return template
+    plain = "none" if form == "prompt/completion" else "alpaca"
+    return "chat" if tokenizer.chat_template else plain
+
+
+def _prompt_text(example: Example, source: str, tokenizer, template: str) -> str:
+    messages, where = example.messages, f"{source}, line {example.line}"
     if template == "chat":
-        plain = [
-            {
-                "role": m["role"],
-                "content": "\n\n".join(filter(None, (m["content"], m.get("input")))),
-            }
-            for m in messages
-        ]
-        text = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return tokenizer.apply_chat_template(
+                example.plain, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"{where}: the tokenizer's chat template says: {error}") from None
     if len(messages) > 1:
         raise ValueError(
-            f"line {example.line}: got {len(messages)} prompt messages, but the tokenizer has no "
-            "chat template to join them; expected a single user message"
+            f"{where}: got {len(messages)} prompt messages, but the tokenizer has no chat template "
+            "to join them; expected a single user message"
         )
     message = messages[0]
     if template == "alpaca":
-        return tokenizer(alpaca_prompt(message["content"], message.get("input", "")))["input_ids"]
-    return tokenizer(message["content"])["input_ids"]
+        return alpaca_prompt(message["content"], message.get("input", ""))
+    return message["content"]
+
+
+def _keys(example: Example, text: str) -> tuple:
+    """Two prompts are the same if their texts are, after the template, or their messages."""
+    return text.strip(), tuple((m["role"], m["content"].strip()) for m in example.plain)
 
 
 def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
@@ -333,7 +357,7 @@ def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"lm_file: got {path}, expected an existing text file")
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("".join(lines_of(path)), add_special_tokens=False)["input_ids"]
     blocks = len(ids) // width
     if blocks == 0:
         raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")

@@ -26,6 +26,8 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import reference
 from torch import Tensor
 
+from switchkd.devices import find_device, processor_name
+
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "switchkd")
 VOCAB, PADDED = 5003, (5056, 5024)  # real tokens; logits of a teacher's and a student's row
 SEED = 11
@@ -45,17 +47,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor_name() -> str:
-    """The CPU's model where Linux tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def devices() -> list[dict]:
     """The CPU and every GPU: name and memory in GiB."""
     memory = None
@@ -68,16 +59,6 @@ def devices() -> list[dict]:
         gib = properties.total_memory / 2**30
         found.append({"device": f"cuda:{i}", "name": properties.name, "gib": gib})
     return found
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU if there is one; ValueError if it is not here."""
-    gpus = torch.cuda.device_count()
-    here = ["cpu", *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus))]
-    name = name or here[min(1, len(here) - 1)]
-    if name not in here:
-        raise ValueError(f"device must be one of {', '.join(here)}, got {name!r}")
-    return torch.device(name)
 
 
 def backends(device: torch.device) -> dict[str, str]:

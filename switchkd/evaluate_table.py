@@ -47,10 +47,10 @@ def rows_of(results: dict) -> tuple[list[str], list[list[str]], list[list[str]]]
         row(label, {name: scores["rouge_l"] for name, scores in model["sets"].items()})
         for label, model in results["models"].items()
     ]
-    floors = [
-        row(label, {n: spread([s["floors"][key]["rouge_l"]]) for n, s in sets.items()})
-        for key, label in FLOORS.items()
-    ]
+    floors = []
+    for key, label in FLOORS.items():
+        found = {n: s["floors"][key] for n, s in sets.items() if key in s["floors"]}
+        floors.append(row(label, {n: spread([f["rouge_l"]]) for n, f in found.items()}))
     return [*header, "average"], models, floors
 
 

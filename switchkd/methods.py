@@ -53,21 +53,22 @@ METHODS = {
         rollout=_STUDENT,
         loss={"loss_type": "kl_teacher_student"},
         data=_ROLLOUTS_ONLY,
-        note="student's text only; the share of data does not decay from 1 as in the paper",
+        note="fresh rollouts, where the code replays; no data, where the paper's share decays; "
+        "without the language-model loss on OpenWebText (lm_file)",
     ),
     "gkd": Method(
         source="GKD, arXiv 2306.13649, eq. 1; lmbda and beta of TRL's GKDConfig",
         rollout=_STUDENT,
         loss={"loss_type": "generalized_jsd", "beta": 0.5},
         data={"lmbda": 0.5},
-        note="temperature 1 as in the paper, not TRL's 0.9; a coin per row, not per step",
+        note="temperature 1 as in the paper, not TRL's 0.9; a coin per row, not per step; the mean "
+        "is over all tokens, not per sequence; DistiLLM's GKD has beta 0.1",
     ),
     "minillm-mix": Method(
         source="MiniLLM, arXiv 2306.08543: teacher-mixed sampling, alpha 0.2",
         rollout={
             "rollout_policy": "switch",
-            "switch_schedule": "mix-in",
-            "switch_rate": 0.2,
+            "switch_schedule": "mix-in",  # its default rate is alpha
             "importance_weight": True,
         },
         loss={"loss_type": "kl_student_teacher"},
@@ -84,15 +85,12 @@ METHODS = {
             "replay_capacity": 1000,
             "replay_ratio": "decreasing",
         },
-        note="a coin per row, not per batch; its GPT-2 script has loss_type skew_kl",
+        note="a coin per row, not per batch; its GPT-2 script has loss_type skew_kl; without the "
+        "language-model loss on OpenWebText (lm_file)",
     ),
     "distillm2": Method(
         source="DistiLLM-2, arXiv 2503.07067, and its code: b = 1, mixture detached",
-        rollout={
-            "rollout_policy": "switch",
-            "switch_schedule": "sequence",
-            "switch_rate": 0.5,
-        },
+        rollout={"rollout_policy": "switch", "switch_schedule": "sequence"},
         loss={
             "loss_type": "contrastive_skew",
             "skew_alpha": 0.1,
@@ -100,7 +98,8 @@ METHODS = {
             "detach_mixture": True,
         },
         data=_ROLLOUTS_ONLY,
-        note="by a coin per prompt and epoch the teacher's or the student's response, not both",
+        note="by a coin per prompt and epoch the teacher's or the student's response, not both; "
+        "the mean is over all tokens, not per sequence",
     ),
     "skd": Method(
         source="SKD, arXiv 2410.11325, Algorithm 1, and its configuration",
@@ -126,14 +125,16 @@ METHODS = {
         },
         loss=_SKEW,
         data={"lmbda": 0.5},
-        note="a coin per row for rollout or data",
+        note="a coin per row for rollout or data; without the language-model loss on OpenWebText "
+        "(lm_file); the JSD's base and the first t are not printed: bits and 0 here",
     ),
     "adaswitch": Method(
         source="AdaSwitch, arXiv 2510.07842, as far as it could be read",
         rollout={"rollout_policy": "adaswitch"},
         loss={"loss_type": "kl_teacher_student"},
         data=_ROLLOUTS_ONLY,
-        note="K and L must be given: the published values could not be recovered",
+        note="K and L must be given: the published values could not be recovered; the mean of the "
+        "window is taken as 1e-4 at least",
     ),
     "ssd": Method(
         source="SSD, OpenReview 6DlaA6eBt7: constant tau in 0.2 to 0.5, JSD in nats",
@@ -153,7 +154,8 @@ METHODS = {
 def preset(name: str | None, given: Collection[str] = ()) -> dict:
     """The options that a method sets where those named in `given` were given.
 
-    Raises ValueError with the names for one that is not in the table.
+    Raises ValueError with the names for one that is not in the table, and for a rollout_policy
+    that would write nothing.
     """
     if name is None:
         return {}
@@ -161,6 +163,12 @@ def preset(name: str | None, given: Collection[str] = ()) -> dict:
         raise ValueError(f"method: got {name!r}, expected one of {', '.join(METHODS)}")
     method = METHODS[name]
     values = dict(method.data)
+    rolls = values["lmbda"] > 0 or "adaptive_lmbda" in values
+    if "rollout_policy" in given and not (rolls or {"lmbda", "adaptive_lmbda"} & {*given}):
+        raise ValueError(
+            f"rollout_policy: got one with method {name}, which trains on data alone; expected "
+            "lmbda > 0 with it"
+        )
     if "rollout_policy" not in given:
         values |= method.rollout
     if "loss_type" not in given:

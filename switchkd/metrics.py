@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import sacrebleu
 import torch
 from rouge_score import rouge_scorer
+from rouge_score.tokenizers import Tokenizer
 from switchkd_kernels import divergence_loss, jsd
 from torch import nn
 
@@ -25,14 +27,33 @@ from switchkd.rollout import Rollout, Sampling, rollout_in_batches
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
-def _scorer():
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+class AnyScript(Tokenizer):
+    """Lower-cased words of any alphabet, and each Chinese or Japanese character by itself."""
+
+    UNSPACED = (
+        r"\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    )
+    TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        # Letters, numbers, and the marks that belong to letters, as most vowels of Hindi do.
+        kept = (c if unicodedata.category(c)[0] in "LNM" else " " for c in text.lower())
+        return self.TOKEN.findall("".join(kept))
+
+
+PUBLISHED = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+ANY_SCRIPT = rouge_scorer.RougeScorer(["rougeL"], tokenizer=AnyScript())
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """Rouge-L F-measure x 100 with stemming, the best over the references (as MiniLLM)."""
-    return 100 * max(_scorer().score(ref, prediction)["rougeL"].fmeasure for ref in references)
+    """Rouge-L F-measure x 100, the best over the references (as MiniLLM).
+
+    Over the published tokens, runs of a-z and 0-9, stemmed. Where these leave no token of any
+    reference (Chinese, Russian), and every answer would score 0, over those of `AnyScript`.
+    """
+    latin = any(re.search("[a-z0-9]", reference.lower()) for reference in references)
+    scorer = PUBLISHED if latin else ANY_SCRIPT
+    return 100 * max(scorer.score(ref, prediction)["rougeL"].fmeasure for ref in references)
 
 
 def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -60,22 +81,23 @@ def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 
 def floors(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Scores of two answers that know nothing: the prompt copied, and another row's reference.
+    """Scores of two answers that know nothing: the prompt copied, and another row's reference
+    (where there is another row).
 
     A copied prompt outscores a weak model, so no Rouge-L says anything without these beside it.
     """
     examples = [row.example for row in rows if row.example.references]
     if not examples:
         return {}
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
-    following = dict(zip(order, order[1:] + order[:1], strict=True))
-    others = [examples[following[i]].references[0] for i in range(len(examples))]
     references = [e.references for e in examples]
-    return {
-        "prompt_copied": score([e.question for e in examples], references),
-        "another_reference": score(others, references),
-    }
+    found = {"prompt_copied": score([e.question for e in examples], references)}
+    if len(examples) > 1:
+        order = list(range(len(examples)))
+        random.Random(seed).shuffle(order)
+        following = dict(zip(order, order[1:] + order[:1], strict=True))
+        others = [examples[following[i]].references[0] for i in range(len(examples))]
+        found["another_reference"] = score(others, references)
+    return found
 
 
 @torch.no_grad()
@@ -221,14 +243,14 @@ def validate(
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """cross_entropy, kl, jsd per token and rouge_l per row, of (summed) `validate` results."""
+    """cross_entropy, kl, jsd per token and rouge_l per row, of (summed) `validate` results; what
+    was not measured, for want of references or of a teacher, is left out."""
     tokens, ce, kl, js, rouge, count = sums.tolist()
-    values = {
-        "cross_entropy": ce / max(tokens, 1),
-        "kl": kl / max(tokens, 1),
-        "jsd": js / max(tokens, 1),
-        "rouge_l": rouge / max(count, 1),
-    }
+    values = {}
+    if tokens:
+        values |= {"cross_entropy": ce / tokens, "kl": kl / tokens, "jsd": js / tokens}
+    if count:
+        values["rouge_l"] = rouge / count
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 

@@ -72,7 +72,16 @@ def _load(factory, name: str, gguf_file: str | None, **kwargs):
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that ends in hidden states, below any adapter."""
+    """The part of a causal language model that ends in hidden states, below any adapter.
+
+    Raises ValueError for prompt tuning and the like, which are not in the layers.
+    """
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"got an adapter of type {adapter.peft_type}, expected one in the layers (LoRA): "
+                "decoder and loss work below what it puts before the text"
+            )
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
@@ -190,6 +199,21 @@ def _eos_ids(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *ids}
 
 
+def check_tables(teacher_tokenizer, tokenizer) -> None:
+    """Raise ValueError with the first token that has not the same id for both models."""
+    theirs, table = teacher_tokenizer.get_vocab(), tokenizer.get_vocab()
+    if theirs != table:
+        token = min(
+            (t for t in {*theirs, *table} if theirs.get(t) != table.get(t)),
+            key=lambda t: theirs.get(t, table.get(t)),
+        )
+        raise ValueError(
+            "teacher and student do not share a tokenizer: "
+            f"token {token!r} has id {theirs.get(token)} for the teacher and "
+            f"{table.get(token)} for the student; token-level divergences need equal ids"
+        )
+
+
 def share_vocabulary(teacher, student, teacher_tokenizer, tokenizer) -> Vocabulary:
     """Check that both models read the same ids; report what differs short of that.
 
@@ -197,21 +221,10 @@ def share_vocabulary(teacher, student, teacher_tokenizer, tokenizer) -> Vocabula
     not widths. Different token tables raise ValueError with the first difference. teacher may be
     None (supervised fine-tuning).
     """
-    table, notes = tokenizer.get_vocab(), []
-    size = max(table.values()) + 1
+    notes, size = [], max(tokenizer.get_vocab().values()) + 1
     eos = _eos_ids(student, tokenizer)
     if teacher is not None:
-        theirs = teacher_tokenizer.get_vocab()
-        if theirs != table:
-            token = min(
-                (t for t in {*theirs, *table} if theirs.get(t) != table.get(t)),
-                key=lambda t: theirs.get(t, table.get(t)),
-            )
-            raise ValueError(
-                "teacher and student do not share a tokenizer: "
-                f"token {token!r} has id {theirs.get(token)} for the teacher and "
-                f"{table.get(token)} for the student; token-level divergences need equal ids"
-            )
+        check_tables(teacher_tokenizer, tokenizer)
         teacher_eos = _eos_ids(teacher, teacher_tokenizer)
         if teacher_eos != eos:
             notes.append(

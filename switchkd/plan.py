@@ -2,7 +2,8 @@
 
 Takes the options of `switchkd.train` and tells the memory of each part and phase, the time of a
 step, and the batch sizes that fit. Only configurations are read, no weights. All of it holds for
-rows at max_prompt_length and max_new_tokens, all rolled out: the most that a run can take.
+rows at max_prompt_length and max_new_tokens, all rolled out: the most that a run can take. The
+memory also holds for data rows at a max_response_length beyond that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from switchkd.config import parse
+from switchkd.command_line import parse
 from switchkd.models import count_parameters
 from switchkd.plan_memory import Memory
 from switchkd.plan_models import build
@@ -44,7 +45,7 @@ def make_plan(script, config, device: Device, limit: int, processes: int = 1) ->
     """Bytes, seconds and suggestions, as they go into the JSON file."""
     pair = build(script, config)
     gpu = not device.name.startswith("cpu")
-    memory = Memory(pair, config, processes, gpu)
+    memory = Memory(pair, config, processes, gpu, script.max_response_length)
     phases = memory.phases(memory.asked)
     fitting = memory.suggest(int(USABLE * limit))
     times = step_seconds(memory, device)
@@ -154,9 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         if own.processes < 1:
             raise ValueError(f"processes: got {own.processes}, expected an integer >= 1")
         limit = None if own.device_memory is None else parse_bytes(own.device_memory)
+        if limit == 0:
+            raise ValueError(f"device_memory: got {own.device_memory}, expected a size > 0")
         script, config = parse(rest)
         device = find(own.device)
-        plan = make_plan(script, config, device, limit or device.memory, own.processes)
+        limit = device.memory if limit is None else limit
+        plan = make_plan(script, config, device, limit, own.processes)
         if own.json:
             Path(own.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:

@@ -76,10 +76,22 @@ class Sizes:
 
 
 class Memory:
-    """Bytes of a run on each of `processes` devices; `gpu`: as its kernels work there."""
+    """Bytes of a run on each of `processes` devices; `gpu`: as its kernels work there.
 
-    def __init__(self, pair: Pair, config: SwitchConfig, processes: int = 1, gpu: bool = False):
+    response: tokens of a data row's response at most; default: max_new_tokens.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        config: SwitchConfig,
+        processes: int = 1,
+        gpu: bool = False,
+        response: int | None = None,
+    ):
         self.pair, self.config, self.processes, self.gpu = pair, config, processes, gpu
+        data = response if response is not None and config.lmbda < 1 else 0
+        self.response = max(config.max_new_tokens, data)
         self.sharded = bool(config.fsdp) and processes > 1
         self.notes = list(pair.notes)
         rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -175,7 +187,7 @@ class Memory:
         with pair.mode:
             return training_steps(
                 pair.student, pair.teacher if distils else None,
-                Shape(rows, config.max_prompt_length, config.max_new_tokens), self.loss,
+                Shape(rows, config.max_prompt_length, self.response), self.loss,
                 count=count,
                 teacher_runs=not (self.keeps_hidden and config.lmbda == 1),
                 extra_text=config.lm_file is not None and config.lm_coef > 0,

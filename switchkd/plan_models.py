@@ -11,10 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from switchkd.config import ScriptArguments, SwitchConfig
+from switchkd.arguments import ScriptArguments
+from switchkd.config import SwitchConfig
+from switchkd.loading import peft_config
 from switchkd.models import checkpoint_activations, cut_layers, disable_dropout, load_config
 from switchkd.rollout import check_lengths
-from switchkd.train import peft_config
 
 
 @dataclass
@@ -73,7 +74,8 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
             to_fake(model)
     for model in (student, teacher):
         if model is not None:
-            check_lengths(model, [[0] * config.max_prompt_length], config.max_new_tokens)
+            longest = max(config.max_new_tokens, script.max_response_length or 0)
+            check_lengths(model, [[0] * config.max_prompt_length], longest)
 
     def small(role: str, layers: int) -> nn.Module:
         if role == "teacher" and not shared:

@@ -15,7 +15,8 @@ import torch
 
 from switchkd import plan_probe
 from switchkd.cache import position_bytes
-from switchkd.doctor import copy_bandwidth, find_device, median_seconds
+from switchkd.devices import find_device
+from switchkd.doctor import copy_bandwidth, median_seconds
 from switchkd.plan_memory import Memory
 from switchkd.plan_meter import Op, decoding_pass
 from switchkd.plan_probe import BLOCK, Passes

@@ -88,6 +88,8 @@ class Switch(Policy):
                      from a mixture is a coin, then a draw from one side (MiniLLM's rate is 0.2)
         sequence     teacher for the whole response with probability `rate`: the two kinds of
                      responses of DistiLLM-2 (arXiv 2503.07067), drawn apart
+    The paper prints no formula of growth and no rate of random. It prints neither the base nor
+    whether its first t is 0; it has the JSD in [0, 1], as bits are.
     base: of the JSD's logarithm; 2: bits, at most 1; "e": nats, at most 0.693 (as SSD).
     """
 

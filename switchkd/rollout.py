@@ -189,16 +189,18 @@ def check_request(prompts: Sequence, max_new_tokens: int, sequence_ids: Sequence
 
 
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts that are empty, or that do not leave room for the response."""
+    """Refuse prompts that are empty, or that do not leave room for the response of a model, or of
+    that of a configuration."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty, expected at least one token")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = getattr(model, "config", model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     need = max(map(len, prompts)) + max_new_tokens
     if limit is not None and need > limit:
         raise ValueError(
-            f"the longest prompt and max_new_tokens need {need} positions, "
-            f"expected at most {limit} ({type(model).__name__}.config.max_position_embeddings)"
+            f"the longest prompt and response need {need} positions, "
+            f"expected at most {limit} ({type(config).__name__}.max_position_embeddings)"
         )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from switchkd_kernels import InvalidLogits
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from switchkd import losses
 from switchkd.cache import capacity_for
 from switchkd.checkpoint import last_checkpoint
 from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.distributed import ShardedTrainer
 from switchkd.engine import Engine
+from switchkd.mixture import Text
 from switchkd.models import count_parameters
 from switchkd.rollout import Rollout, rollout_in_batches
 
@@ -45,6 +49,25 @@ class RolloutTrainer(ShardedTrainer):
                 )  # fmt: skip
             except InvalidLogits as error:
                 raise self._broken(f"data row {rows[error.row].id}: {error}") from error
+
+    def differences(self, text: Text, logprob: Tensor) -> dict[str, float]:
+        """How far decoding is from training passes over the text that it wrote: the teacher's kept
+        states, relative, and the student's log-probabilities (tokens,), in nats."""
+        known = losses.kept_difference(self.teacher, text.row, text.tokens, text.hidden)
+        found = {"rollout/hidden_difference": known}
+        asked = logprob.isfinite()  # not where the teacher writes anyway
+        if self.is_fsdp_enabled or not asked.any():  # all ranks would have to make such a pass
+            return found
+        batch = losses.collate([text.row.prompt_ids], [text.tokens], self.vocabulary.pad_token_id)
+        batch = {name: x.to(self.args.device) for name, x in batch.items()}
+        student = self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = losses.distillation_loss(
+                None, student, student, batch, vocab_size=self.vocabulary.size,
+                kind="cross_entropy", reduction="none",
+            )  # fmt: skip
+        apart = (loss.cpu() + logprob)[asked].abs().max().item()
+        return found | {"rollout/logprob_difference": apart}
 
     def _new_engine(self, teacher, student) -> Engine:
         args, models = self.args, (("teacher", teacher), ("student", student))

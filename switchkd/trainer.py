@@ -8,6 +8,8 @@ number.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,15 +21,19 @@ from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd import adapters, losses, metrics, mixture, models
+from switchkd import adapters, checks, losses, metrics, mixture, models
 from switchkd.attention import without_cudnn
 from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     RUN_STATE,
+    adopt_threshold,
     append_completions,
     checkpoint_step,
     drop_completions_after,
+    find_checkpoint,
     last_completions,
+    read_run_state,
+    set_completions_aside,
     unsaved,
 )
 from switchkd.config import SwitchConfig
@@ -37,18 +43,22 @@ from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Rollout, Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer
 
+log = logging.getLogger(__name__)
+
 
 class SwitchTrainer(RolloutTrainer):
     """Distil `teacher_model` into `model` with teacher-intervened rollouts.
 
-    model, teacher_model: causal language models, or their Hub ids or folders; the teacher may be
-    None for `loss_type="cross_entropy"`. args: SwitchConfig. train_dataset, eval_dataset: rows in
+    model, teacher_model: causal language models, or their Hub ids or folders (the student is then
+    loaded in float32, the teacher in its own type); the teacher may be None for
+    `loss_type="cross_entropy"`. args: SwitchConfig. train_dataset, eval_dataset: rows in
     one of the forms of `switchkd.data` (a `datasets.Dataset` or a list of dicts), or tokenised
     `Rows`. processing_class: the tokenizer of both models. peft_config: train an adapter instead of
-    the whole student (needs peft). Other arguments as in `transformers.Trainer`.
+    the whole student (needs peft). Other arguments as in `transformers.Trainer`, without those
+    that take the place of batches, loss or metrics (`checks.UNUSED`).
 
-    Raises ValueError for models that do not share a tokenizer, rows that fit no form, and
-    impossible lengths, all before training starts.
+    Raises ValueError for models that do not share a tokenizer, rows that fit no form, impossible
+    lengths, and whatever else `checks` refuses, all before training starts.
     """
 
     _tag_names = ("switchkd", "knowledge-distillation")
@@ -66,9 +76,10 @@ class SwitchTrainer(RolloutTrainer):
         **kwargs,
     ):
         args = args or SwitchConfig()
+        checks.check_arguments(model, args, kwargs)
         if isinstance(model, str):
             processing_class = processing_class or models.load_tokenizer(model)
-            model = models.load_model(model)
+            model = models.load_model(model, dtype="float32")
         if isinstance(teacher_model, str):
             given = teacher_processing_class
             teacher_processing_class = given or models.load_tokenizer(teacher_model)
@@ -85,6 +96,8 @@ class SwitchTrainer(RolloutTrainer):
         self.vocabulary = models.share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
+        for note in self.vocabulary.notes if args.process_index == 0 else ():
+            log.warning("note: %s", note)
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:
                 models.check_weights(checked, role)
@@ -94,17 +107,22 @@ class SwitchTrainer(RolloutTrainer):
             models.disable_dropout(model)
         if peft_config is not None:
             model = adapters.add(model, peft_config, args.seed)
+        checks.check_trained(model, teacher_model)
         self.policy, self.sampling = args.policy(), args.sampling()
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
             width = args.max_prompt_length + args.max_new_tokens
             self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
+        train_rows = self._rows(train_dataset, processing_class, args)
+        eval_rows = self._rows(eval_dataset, processing_class, args)
+        checks.check_responses(train_rows, args.lmbda)
+        checks.check_validation(eval_rows, args, teacher_model is not None)
         super().__init__(
             model=model,
             args=args,
             data_collator=lambda rows: {"rows": torch.tensor(rows)},
-            train_dataset=self._rows(train_dataset, processing_class, args),
-            eval_dataset=self._rows(eval_dataset, processing_class, args),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             **kwargs,
         )
@@ -130,11 +148,27 @@ class SwitchTrainer(RolloutTrainer):
         tokenised = dataset is None or isinstance(dataset, Rows)
         return dataset if tokenised else rows_from(dataset, tokenizer, *limits)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in `transformers.Trainer`; a resumed run goes on as if it had not been interrupted."""
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            self.load_run_state(checkpoint)
+        else:
+            self._begin()
+        with without_cudnn():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _begin(self) -> None:
+        """What a run that is not resumed needs before its first step."""
+        if self.is_world_process_zero():
+            aside = set_completions_aside(self.args.output_dir)
+            if aside is not None:
+                log.warning("completions of an earlier run are now in %s", aside)
         if self.args.target_teacher_share is not None and self.calibration is None:
             self.calibrate()
-        with without_cudnn():
-            return super().train(*args, **kwargs)
+        if self.args.adaptive_lmbda and self.mixture.reference is None:
+            self.evaluate(metric_key_prefix="before")
 
     @with_whole_weights
     def calibrate(self) -> Calibration:
@@ -146,6 +180,8 @@ class SwitchTrainer(RolloutTrainer):
     @with_whole_weights
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, the rollouts of all of them decoded at once."""
+        if self.state.global_step >= self.state.max_steps:  # of a run that is resumed at its end:
+            return [], torch.zeros(2, device=device)  # Trainer looks at that after a step alone
         sizes, rows = [], []
         for _ in range(num_batches):
             try:
@@ -179,11 +215,11 @@ class SwitchTrainer(RolloutTrainer):
             mixture.write(fresh, rollout, step + 1, rate)
             if args.draft_from_history:
                 self._history.update((text.row.id, text.tokens) for text in fresh)
-            first = fresh[0]
-            if first.hidden is not None and step % self.state.logging_steps == 0:
-                self._logs["rollout/hidden_difference"].append(
-                    losses.kept_difference(self.teacher, first.row, first.tokens, first.hidden)
-                )
+            first, every = fresh[0], self.state.logging_steps or math.inf  # 0: no such log
+            if first.hidden is not None and step % every == 0:
+                said = rollout.student_logprob[0, : len(first.tokens)]
+                for name, value in self.differences(first, said).items():
+                    self._logs[name].append(value)
         self.mixture.keep(texts, self._gather)
         self._record(rollout, texts)
         return texts
@@ -258,8 +294,12 @@ class SwitchTrainer(RolloutTrainer):
 
     @with_whole_weights
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row."""
-        rows = (eval_dataset or self.eval_dataset).rows
+        """cross_entropy, kl, jsd on the references, and rouge_l of one sample per row; without
+        any reference, none of them. eval_dataset: other rows, in any form, than the trainer's."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
+            raise ValueError("eval_dataset: got None here and in SwitchTrainer, expected rows")
+        rows = self._rows(given, self.processing_class, self.args).rows
         mine = rows[self.args.process_index :: self.args.world_size]
         start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
@@ -282,7 +322,7 @@ class SwitchTrainer(RolloutTrainer):
             sums = self.accelerator.gather(sums[None]).sum(0)
         values = metrics.means(sums)
         if metric_key_prefix in ("before", "eval") and eval_dataset is None:
-            self.mixture.validated(values["cross_entropy"], self.state.global_step)
+            self.mixture.validated(values.get("cross_entropy"), self.state.global_step)
         result = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         result[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(result))
@@ -290,6 +330,11 @@ class SwitchTrainer(RolloutTrainer):
             self.args, self.state, self.control, result
         )
         return result
+
+    def predict(self, *_args, **_kwargs):
+        raise NotImplementedError(
+            "predict: expected evaluate(rows) for scores, or switchkd.metrics.generate for texts"
+        )
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -322,6 +367,7 @@ class SwitchTrainer(RolloutTrainer):
             "mixture": self.mixture.state(),
             "calibration": self.calibration,
             "rows_per_step": self.rows_per_step(),
+            "rows": self.train_dataset.digest,
         }
 
     def rows_per_step(self) -> int:
@@ -329,8 +375,8 @@ class SwitchTrainer(RolloutTrainer):
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def load_run_state(self, checkpoint: str) -> None:
-        """Continue the totals of a checkpoint, and forget completions written after it."""
-        state = json.loads((Path(checkpoint) / RUN_STATE).read_text())
+        """Take up what a checkpoint of a run says of it, and forget completions written after."""
+        state = read_run_state(checkpoint, self.train_dataset.digest)
         rows, before = self.rows_per_step(), state.get("rows_per_step")
         if before not in (None, rows):
             raise ValueError(
@@ -340,6 +386,8 @@ class SwitchTrainer(RolloutTrainer):
         self.totals, self.before = state["totals"], state["before"]
         self.mixture.load(state["mixture"])
         self.calibration = state["calibration"]
+        adopt_threshold(self.args, checkpoint)
+        self.policy = self.args.policy()
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
         if self.args.draft_from_history:

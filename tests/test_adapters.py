@@ -76,6 +76,8 @@ def test_what_cannot_be_a_base_is_refused(tmp_path):
         adapters.share_base(tiny_model(), None, lora(bias="all"))
     with pytest.raises(ValueError, match="got the output head, expected layers below"):
         adapters.add(tiny_model(), lora(target_modules=["lm_head"]), seed=0)
+    with pytest.raises(ValueError, match="use_peft: got a model that has an adapter already"):
+        adapters.add(adapters.add(tiny_model(), lora(), seed=0), lora(), seed=0)
 
 
 def test_dropout_of_the_adapter_survives_disable_dropout(tmp_path):

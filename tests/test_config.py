@@ -5,9 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from switchkd.config import DEMO, ScriptArguments, SwitchConfig, parse
+import switchkd
+from switchkd.__main__ import MODULES
+from switchkd.__main__ import main as command
+from switchkd.arguments import ScriptArguments
+from switchkd.command_line import DEMO, parse
+from switchkd.config import SwitchConfig
+from switchkd.loading import peft_config
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
-from switchkd.train import peft_config
+from switchkd.run_folder import run_settings
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 ACCELERATE = sorted((Path(__file__).parent.parent / "examples" / "accelerate").glob("*.yaml"))
@@ -37,9 +43,10 @@ def test_flags_win_over_the_file(tmp_path):
     assert (script.model_name_or_path, c.lmbda, c.learning_rate) == ("a", 0.75, 1e-4)
 
 
-def test_a_gkd_config_runs_unchanged(tmp_path):
+def test_a_gkd_config_keeps_its_names(tmp_path):
     path = write(
         tmp_path,
+        method="gkd",  # without it, SWITCH writes the rollouts
         model_name_or_path="student",
         teacher_model_name_or_path="teacher",
         dataset_name="data",
@@ -52,21 +59,129 @@ def test_a_gkd_config_runs_unchanged(tmp_path):
     )
     _, c = parse(["--config", path])
     assert (c.loss_type, c.beta, c.max_new_tokens) == ("generalized_jsd", 0.5, 128)
+    assert c.policy() == Student()
     assert c.sampling().student_temperature == c.sampling().teacher_temperature == 0.9
+
+
+@pytest.mark.parametrize(
+    "name, instead",
+    [
+        ("max_length", "max_prompt_length and max_new_tokens"),
+        ("teacher_model_init_kwargs", "teacher_dtype, teacher_quantization, attn_implementation"),
+        ("packing", "none: rows are never packed"),
+    ],
+)
+def test_options_of_trl_without_a_counterpart_name_what_to_give(tmp_path, name, instead):
+    with pytest.raises(ValueError, match=rf"key '{name}' \(TRL's\), expected {instead}"):
+        parse(["--config", write(tmp_path, **{name: 1})])
+    with pytest.raises(ValueError, match=rf"option --{name} \(TRL's\), expected {instead}"):
+        parse([f"--{name.replace('_', '-')}", "1"])
 
 
 def test_aliases_and_seq_kd(tmp_path):
     path = write(tmp_path, model_name_or_path="a", max_completion_length=33)
+    assert parse(["--config", path, "--max-completion-length", "34"])[1].max_new_tokens == 34
     assert parse(["--config", path])[1].max_new_tokens == 33
     args = ["--model_name_or_path", "a", "--max_completion_length=44", "--seq_kd", "true"]
     _, c = parse(args)
     assert (c.max_new_tokens, c.rollout_policy, c.lmbda) == (44, "teacher", 1.0)
 
 
-def test_yaml_numbers_written_as_1e_minus_4_are_numbers(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("model_name_or_path: a\nlearning_rate: 1e-4\n")
-    assert parse(["--config", str(path)])[1].learning_rate == 1e-4
+def from_text(tmp_path, text, *flags):
+    path = tmp_path / "text.yaml"
+    path.write_text(f"model_name_or_path: a\n{text}\n")
+    return parse(["--config", str(path), *flags])
+
+
+def test_yaml_values_become_what_they_mean(tmp_path):
+    assert from_text(tmp_path, "learning_rate: 1e-4")[1].learning_rate == 1e-4
+    assert from_text(tmp_path, "student_layers: 0")[0].student_layers == "0"
+    resumed = from_text(tmp_path, "resume_from_checkpoint: true")[1]
+    assert resumed.resume_from_checkpoint == "True"
+    assert from_text(tmp_path, "report_to: [tensorboard]")[1].report_to == ["tensorboard"]
+    assert from_text(tmp_path, "rollout_dtype: fp16")[1].rollout_dtype == "float16"
+    script, _ = from_text(tmp_path, "use_peft: true\nlora_target_modules: q_proj\ndtype: bf16")
+    assert (script.lora_target_modules, script.dtype) == (["q_proj"], "bfloat16")
+    c = from_text(tmp_path, "eval_strategy: no\nsave_strategy: no\nsave_total_limit: null")[1]
+    assert (c.eval_strategy, c.save_strategy, c.save_total_limit) == ("no", "no", None)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate:", "learning_rate: got None, expected a number"),
+        ("learning_rate: fast", "learning_rate: got 'fast', expected a number"),
+        ("lmbda: [0.5]", r"lmbda: got \[0.5\], expected a number"),
+        ("lmbda: {a: 1}", "lmbda: got {'a': 1}, expected a number"),
+        ("rollout_batch_size: 2.5", "rollout_batch_size: got 2.5, expected an integer"),
+        ("max_train_rows: [1]", r"max_train_rows: got \[1\], expected an integer or null"),
+        ("bf16: perhaps", "bf16: got 'perhaps', expected true or false"),
+        ("torch_dtype: [a]", r"torch_dtype: got \['a'\], expected text"),
+        ("dtype: bf17", "dtype: got 'bf17', expected float32, bfloat16, float16 or auto"),
+        ("max_new_tokens: 4\nmax_completion_length: 4", "max_new_tokens and its alias"),
+        ("template: alpacca", "template: got 'alpacca', expected one of auto, chat, alpaca, none"),
+        ("lora_r: 8", "lora_r: got 8, expected use_peft true with it"),
+        ("eval_size: 0", "eval_size: got 0, expected an integer >= 1"),
+        ("max_train_rows: 0", "max_train_rows: got 0, expected an integer >= 1"),
+        ("method: kd\nrollout_policy: skd", "method kd, which trains on data alone; .* lmbda > 0"),
+    ],
+)
+def test_yaml_values_that_cannot_work(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        from_text(tmp_path, text)
+
+
+def test_a_bad_flag_takes_one_line(capsys):
+    with pytest.raises(ValueError) as error:
+        parse(["--learning_rate", "abc"])
+    assert str(error.value) == "argument --learning_rate: invalid float value: 'abc'"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_steps_choose_their_strategy_and_the_best_is_loaded_where_it_can_be():
+    def chosen(**given):
+        c = config(**given)
+        return c.eval_strategy.value, c.save_strategy.value, c.load_best_model_at_end
+
+    assert chosen() == ("epoch", "epoch", True)
+    assert chosen(eval_steps=20, save_steps=40) == ("steps", "steps", True)
+    assert chosen(eval_steps=20, save_steps=30) == ("steps", "steps", False)
+    assert chosen(save_steps=30) == ("epoch", "steps", False)
+    assert chosen(eval_strategy="steps", eval_steps=20) == ("steps", "epoch", False)
+    assert chosen(eval_steps=20, save_strategy="best") == ("steps", "best", True)
+    assert chosen(eval_steps=20, eval_strategy="no") == ("no", "epoch", False)
+    assert chosen(load_best_model_at_end=False) == ("epoch", "epoch", False)
+    with pytest.raises(ValueError, match="requires the save and eval strategy to match"):
+        chosen(eval_steps=20, load_best_model_at_end=True)
+
+
+def test_epochs_that_are_given_win_over_the_steps_of_a_file(tmp_path):
+    assert parse(["--num_train_epochs", "1"])[1].max_steps == -1
+    assert parse(["--num_train_epochs", "1", "--max_steps", "2"])[1].max_steps == 2
+    assert from_text(tmp_path, "max_steps: 9", "--num_train_epochs=2")[1].max_steps == -1
+
+
+def test_a_policy_needs_a_share_of_rollouts():
+    assert config(method="kd", rollout_policy="switch", lmbda=0.5).lmbda == 0.5
+    assert config(method="distillm", rollout_policy="switch").adaptive_lmbda
+
+
+@pytest.mark.parametrize("method", ["switch", "kd", "distillm2"])
+def test_what_a_run_writes_down_configures_the_same_run(tmp_path, method):
+    before = run_settings(*parse(["--method", method]))
+    path = write(tmp_path, **before)
+    assert run_settings(*parse(["--config", path])) == before
+
+
+def test_commands(capsys):
+    assert command(["--version"]) == 0
+    assert capsys.readouterr().out == f"switchkd {switchkd.__version__}\n"
+    for name in MODULES:
+        with pytest.raises(SystemExit) as done:
+            command([name, "--help"])
+        assert done.value.code == 0 and "usage:" in capsys.readouterr().out
+    assert command(["--learning_rate", "abc"]) == 1
+    assert "error: argument --learning_rate: invalid" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -104,6 +219,9 @@ def test_mix_in_and_random_have_the_papers_rates():
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected a number > 0"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model: got 'loss', expected one of"),
         ({"rollout_dtype": "int7"}, "rollout_dtype: got 'int7', expected"),
+        ({"switch_rate": 0.4}, "switch_rate: got 0.4, expected no rate unless switch_schedule"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, expected an int"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, expected an int"),
     ],
 )
 def test_impossible_values(values, message):
@@ -152,6 +270,11 @@ def test_every_preset_builds_its_configuration(path):
         assert script.use_peft and script.lora_r == 16
         lora = peft_config(script)
         assert lora.r == 16 and lora.target_modules == {"q_proj", "v_proj"}
+        assert (lora.lora_alpha, lora.lora_dropout) == (64, 0.1)
+    if path.stem.startswith(("gpt2", "opt", "openllama", "sft_dolly")):
+        assert script.max_response_length == 512 and c.max_new_tokens == 256
+        assert c.disable_dropout == ("openllama" in path.stem)
+    assert ("dolly-15k" in path.read_text()) == ("# exclude_dataset_name: " in path.read_text())
 
 
 def test_the_papers_pairs_are_all_there():

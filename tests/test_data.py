@@ -7,7 +7,16 @@ from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.data import Report, alpaca_prompt, examples_from, read_examples, text_blocks, tokenize
+from switchkd.data import (
+    Report,
+    Rows,
+    alpaca_prompt,
+    examples_from,
+    read_examples,
+    read_prompts,
+    text_blocks,
+    tokenize,
+)
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -65,7 +74,7 @@ def test_both_instruction_forms_make_the_same_tokens(record, form, tokenizer):
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
         {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"},
         {
-            "prompt": [{"role": "user", "content": "hi"}],
+            "prompt": [{"role": "user", "content": "hi", "input": None}],
             "completion": [{"role": "assistant", "content": "yo"}],
         },
         {"prompt": "hi", "completion": "yo"},
@@ -128,6 +137,9 @@ def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
         ('{"instruction": "a", "output": 3}', r"line 2: output: got 3, expected a string"),
         ('{"prompt": "a", "completion": "b"}', r"line 2: got the form prompt/completion, expected"),
         ('{"messages": [{"role": "user"}]}', r"line 2: messages: expected messages with a role"),
+        ('{"instruction": "a", "output": []}', r"line 2: output: got \[\], expected a string"),
+        (r'{"instruction": "a \ud83d", "output": "b"}', r"line 2: .*surrogates not allowed"),
+        (r'{"instruction": "a", "output": "\ude00"}', r"line 2: .*surrogates not allowed"),
     ],
 )
 def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
@@ -139,6 +151,34 @@ def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
     assert len(examples) == 1 and report.left_out == {"malformed rows": [2]}
 
 
+def test_files_of_other_programs_are_read_or_named(tmp_path, tokenizer):
+    def file(name, text, encoding="utf-8"):
+        (tmp_path / name).write_text(text, encoding=encoding, newline="")
+        return str(tmp_path / name)
+
+    lines = [json.dumps({**ALPACA, "output": "é"}, ensure_ascii=False)] * 2
+    windows = file("windows.jsonl", "\r\n".join(lines), "utf-8-sig")
+    arrays = [file("a.json", f"[{lines[0]},\n{lines[1]}]"), file("b.json", "\n".join(lines))]
+    for path in (windows, *arrays):
+        examples, _ = read_examples(path)
+        assert [e.references for e in examples] == [("é",)] * 2
+    text = file("windows.txt", "ab\r\nc", "utf-8-sig")
+    assert tokenizer.decode(text_blocks(text, tokenizer, 4)[0]) == "ab\nc"
+    for name, where in (
+        ("latin-1", "line 2: got the byte 0xe9"),
+        ("utf-16", "line 1: got the byte"),
+    ):
+        path = file(f"{name}.jsonl", "\n".join([json.dumps(ALPACA), *lines]), name)
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl, {where} .*expected a file in UTF-8"):
+            read_examples(path, skip_malformed=True)
+    with pytest.raises(ValueError, match=r"cut\.json: not a valid JSON array .*cut off\?"):
+        read_examples(file("cut.json", f"[{lines[0]},"))
+    with pytest.raises(
+        ValueError, match=r"got .*rows\.csv, expected JSON Lines, one object a line"
+    ):
+        read_examples(file("rows.csv", "instruction,output\na,b\n"))
+
+
 def test_hub_datasets_are_read_through_datasets(tmp_path):
     """A folder of data files is read as a repository of the Hub is."""
     write(tmp_path / "train.jsonl", [ALPACA, {**ALPACA, "output": ""}])
@@ -147,6 +187,11 @@ def test_hub_datasets_are_read_through_datasets(tmp_path):
     assert report.left_out == {"rows with an empty response": [2]}
     with pytest.raises(ValueError, match=r"cannot load .*absent"):
         read_examples(str(tmp_path), split="absent")
+    with pytest.raises(ValueError, match=r"with the splits train, expected test or valid"):
+        read_examples(str(tmp_path), split=("test", "valid"))
+    write(tmp_path / "validation.jsonl", [ALPACA])
+    _, report = read_examples(str(tmp_path), split=("test", "validation"))
+    assert report.source.endswith("[validation]")
 
 
 def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):
@@ -155,7 +200,7 @@ def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):
         read_examples(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="expected an existing .jsonl file"):
         read_examples(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="no row fits the length limits"):
+    with pytest.raises(ValueError, match="no row is left"):
         tokenized([ALPACA], tokenizer, prompt=3)
 
 
@@ -169,6 +214,40 @@ def test_several_messages_need_a_chat_template(tokenizer):
         tokenized([{"messages": turns}], tokenizer)
     with pytest.raises(ValueError, match="template: got 'chat', but"):
         tokenized([ALPACA], tokenizer, template="chat")
+    with pytest.raises(ValueError, match="template: got 'chatml', expected one of auto, chat, alp"):
+        tokenized([ALPACA], tokenizer, template="chatml")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match="rows, line 1: .*says: System role not supported"):
+        tokenized([{"messages": turns}], tokenizer)
+
+
+def test_prompts_of_other_data_are_left_out_in_whatever_form_they_are(tmp_path, tokenizer):
+    test = [ALPACA, {"instruction": "Sing.", "output": "la"}]
+    asked = [
+        {"instruction": "Add.", "context": "1 and 2", "response": "4"},  # the same prompt
+        {"instruction": "Add.", "context": "1 and 3", "response": "4"},
+    ]
+    as_text = [{"prompt": alpaca_prompt("Sing."), "completion": "x"}, {"prompt": "Sing"}]
+    for chat in (None, CHAT):
+        tokenizer.chat_template = chat
+        exclude = read_prompts(write(tmp_path / "test.jsonl", test), tokenizer, "auto")
+        for records in (asked, as_text) if chat is None else (asked,):
+            examples, report = examples_from(records, Report("rows"))
+            limits = dict(max_prompt_length=500, max_completion_length=50)
+            rows = tokenize(examples, report, tokenizer, **limits, exclude=exclude)
+            assert [row.id for row in rows.rows] == [2]
+            assert report.left_out == {"rows that are in test.jsonl": [1]}
+
+
+def test_a_digest_changes_with_any_token(tokenizer):
+    rows = tokenized([ALPACA, {**ALPACA, "output": "4"}], tokenizer)
+    digests = {
+        rows.digest,
+        tokenized([ALPACA, {**ALPACA, "output": "5"}], tokenizer).digest,
+        Rows(rows.rows[::-1], rows.report).digest,
+        Rows(rows.rows[:1], rows.report).digest,
+    }
+    assert len(digests) == 4 and Rows(rows.rows, rows.report).digest in digests
 
 
 @given(st.text(min_size=1).filter(str.strip), st.text(), st.text(min_size=1).filter(str.strip))

@@ -11,6 +11,7 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _native
 
 from switchkd import doctor
+from switchkd.devices import find_device
 
 CPU = torch.device("cpu")
 USABLE = ["reference", *["cpu"] * (_native.unavailable() is None)]
@@ -56,7 +57,7 @@ def test_a_device_that_is_not_here_is_refused(capsys):
     with pytest.raises(SystemExit):
         doctor.main(["--device", "cuda:99"])
     assert "device must be one of cpu" in capsys.readouterr().err
-    assert doctor.find_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert find_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def broken(op):

@@ -9,16 +9,8 @@ from rich.console import Console
 
 from switchkd import metrics
 from switchkd.data import Report, examples_from, tokenize
-from switchkd.evaluate import (
-    PAPER_SETS,
-    Checkpoint,
-    EvalArguments,
-    Source,
-    find_sets,
-    main,
-    read_set,
-    responses_file,
-)
+from switchkd.evaluate import Checkpoint, main, read_set, responses_file
+from switchkd.evaluate_options import PAPER_SETS, EvalArguments, Source, find_sets
 from switchkd.evaluate_table import average, spread
 from switchkd.models import share_vocabulary
 from switchkd.rollout import Sampling, rollout_in_batches
@@ -268,12 +260,34 @@ def test_a_set_that_is_not_the_papers_is_not_in_the_average():
     assert average({**values, "b": None}, sets) is None
 
 
+def test_the_split_of_a_data_set_is_test_or_the_one_named(model_dir):
+    for split, count in (("train", 4), ("validation", 3), ("test", 2)):
+        records = [{"prompt": f"{split} {i}", "completion": "y"} for i in range(count)]
+        (model_dir / "hub").mkdir(exist_ok=True)
+        save_rows(model_dir / "hub" / f"{split}.jsonl", records)
+    checkpoints = [Checkpoint("m", "m", None, None, None, byte_tokenizer())]
+    for split, count in ((None, 2), ("validation", 3), ("train", 4)):
+        args = EvalArguments(split=split)
+        (rows,) = read_set(
+            Source((str(model_dir / "hub"),)), checkpoints, args, Console(quiet=True)
+        )
+        assert len(rows) == count
+
+
 def test_bad_arguments_are_told(model_dir, capsys):
     def said():
         return " ".join(capsys.readouterr().out.split())
 
     assert evaluate(model_dir, "c.json", limit=0) == 1
     assert "limit: got 0, expected" in said()
+    for name in ("max_new_tokens", "max_prompt_length"):
+        assert evaluate(model_dir, "c.json", **{name: 0}) == 1
+        assert f"{name}: got 0, expected an integer >= 1" in said()
+    assert evaluate(model_dir, "c.json", template="foo") == 1
+    assert "template: got 'foo', expected one of auto, chat, alpaca, none" in said()
+    for data in (["a/test.jsonl", "b/test.jsonl"], ["test=a.jsonl", "test=b.jsonl"]):
+        assert evaluate(model_dir, "c.json", data=data) == 1
+        assert "data: got two sets test, expected a name for each (NAME=" in said()
     assert evaluate(model_dir, "c.json", data="x=absent.jsonl") == 1
     assert "expected an existing .jsonl file" in said()
     twice = [model_dir / "model"] * 2

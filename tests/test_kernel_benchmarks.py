@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from benchmarks import kernel_cases, kernels, sweep_kernels, timing
 from benchmarks.kernel_cases import Case, bytes_moved
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 NATIVE = ["cpu"] * (_native.unavailable() is None)
 KEYS = [
     "op", "impl", "mode", "rows", "vocab", "dtype", "median_ms", "p20_ms", "p80_ms", "gbps",
@@ -225,8 +227,7 @@ def run(size):
 
 print(Timer(torch.device("cpu")).peak_mb(run, lambda i: (10 * 2**20,)))
 """
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 75 < float(done.stdout) < 100
 
@@ -289,3 +290,33 @@ def test_the_sweep_varies_a_block_with_its_warps():
     best = sweep_kernels.descend(grid, {"BLOCK": 8, "REGISTERS": 6, "WARPS": 4}, measure)
     assert best == {"BLOCK": 4, "REGISTERS": 5, "WARPS": 2}
     assert len(calls) == 9 + 1 + 8  # all tiles, the other registers, all other tiles again
+
+
+def test_a_draw_of_few_rows_is_swept_as_a_graph_and_a_loss_with_its_gradient(monkeypatch):
+    captures = []
+    monkeypatch.setattr(sweep_kernels, "ours", lambda case, impl: kernel_cases.eager(case))
+    monkeypatch.setattr(sweep_kernels, "differs", lambda *_: None)
+    monkeypatch.setattr(
+        sweep_kernels, "launch_constants", lambda module: {"WARPS": (module.WARPS,)}
+    )
+    monkeypatch.setattr(
+        sweep_kernels, "captured", lambda run, args: captures.append(args) or (lambda: run(*args))
+    )
+    timer = timing.Timer(CPU)
+    timer.seconds = 0
+    few = kernels.FEW_ROWS
+    for op, rows, count in (("sample", few, 3), ("sample", few + 1, 0), ("divergence_loss", 2, 0)):
+        captures.clear()
+        case = Case(op, rows, 30, torch.float32, "tvd" if op == "divergence_loss" else "")
+        (row,), best = sweep_kernels.sweep(case, timer, "a device")
+        assert row["error"] is None and row["median_ms"] > 0 and list(best) == ["WARPS"]
+        assert len(captures) == count
+
+
+def test_the_memory_checker_is_given_tests():
+    """Each word of its -k names one."""
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
+    file, words = re.search(r'-x (tests/\w+\.py) \\\n +-k "([^"]+)"', script).groups()
+    names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    for word in words.split(" or "):
+        assert any(word in name for name in names), word

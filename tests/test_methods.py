@@ -9,7 +9,8 @@ import torch
 import yaml
 from test_trainer import ROWS, gradient, make
 
-from switchkd.config import LOSSES, POLICIES, SwitchConfig, parse
+from switchkd.command_line import parse
+from switchkd.config import LOSSES, POLICIES, SwitchConfig
 from switchkd.data import Row
 from switchkd.losses import collate, distillation_loss
 from switchkd.methods import METHODS

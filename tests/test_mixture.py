@@ -142,6 +142,7 @@ def records(folder):
 
 def test_replayed_rows_are_trained_on_marked_and_not_counted_as_rollouts(tmp_path):
     trainer = make(tmp_path, **DISTILLM)
+    trainer.mixture.reference = 5.0  # a loss that the untrained student has not
     trainer.train()
     lines = records(tmp_path)
     replayed = [line for line in lines if "replay_of" in line]
@@ -157,7 +158,7 @@ def test_replayed_rows_are_trained_on_marked_and_not_counted_as_rollouts(tmp_pat
     assert [e["mixture/replay"] * 4 for e in logs] == [
         sum(r["step"] == step for r in replayed) for step in range(1, 9)
     ]
-    assert trainer.mixture.share > 0.7, "at this learning rate validation worsens"
+    assert trainer.mixture.share > 0.7, "validation is worse than the reference"
 
 
 def test_the_loss_of_a_replayed_row_is_that_of_its_old_text_under_todays_models(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchkd import plan, plan_probe
-from switchkd.config import parse
+from switchkd.command_line import parse
 from switchkd.models import checkpoint_activations
 from switchkd.plan_memory import (
     KEPT_BY_MALLOC,
@@ -211,6 +211,8 @@ def test_more_of_anything_takes_no_less(folder):
     assert memory.peak(Sizes(16, 2, 8)) > memory.peak(Sizes(8, 2, 8)) > at
     longer = memory_of(folder, gradient_accumulation_steps=2, max_new_tokens=64)
     assert longer.peak(Sizes(4, 2, 8)) > at
+    data = Memory(memory.pair, memory.config, response=64)
+    assert data.training_peak(4, 2) == longer.training_peak(4, 2)
     lean = memory_of(folder, gradient_accumulation_steps=2, gradient_checkpointing="true")
     kept = [m.parts()["activations of the student"] for m in (lean, memory)]
     assert kept[0] < 0.5 * kept[1]
@@ -369,6 +371,7 @@ def test_the_command_reads_no_weights_and_no_network(folder, monkeypatch, capsys
         ({"dtype": "float33"}, "dtype: got 'float33', expected float32"),
         ({"per_device_train_batch_sise": 4}, "unknown option --per_device_train_batch_sise"),
         ({"device_memory": "much"}, "device_memory: got 'much', expected a size such as"),
+        ({"device_memory": 0}, "device_memory: got 0, expected a size > 0"),
         ({"device": "abacus"}, "got 'abacus'"),
         ({"processes": 0}, "processes: got 0, expected an integer >= 1"),
     ],

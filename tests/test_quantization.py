@@ -10,11 +10,13 @@ from conftest import byte_tokenizer, tiny_model
 from test_trainer import make
 
 from switchkd import models
-from switchkd.config import ScriptArguments, SwitchConfig, parse
+from switchkd.arguments import ScriptArguments
+from switchkd.command_line import parse
+from switchkd.config import SwitchConfig
 from switchkd.decoder import rollout
+from switchkd.loading import load_models
 from switchkd.policies import Switch
 from switchkd.quantization import NAMED, quantization_config
-from switchkd.train import load_models
 
 # Backend and the largest mean KL, nats, from the teacher as it was: int8 and 4 bits.
 BACKENDS = {
@@ -43,8 +45,7 @@ def load(folder, quantization):
         teacher_quantization=quantization,
     )
     config = SwitchConfig(output_dir=str(folder / "out"), use_cpu=True)
-    _, student, _, teacher = load_models(script, config)
-    return student, teacher
+    return load_models(script, config)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -54,6 +54,12 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert [d.count(",") for d in curves] == [4, 4]
 
 
+def test_a_jsd_in_nats_is_called_so(tmp_path):
+    page = show(write_run(tmp_path / "run", SWITCHED, jsd_base="e"))
+    titles = [a["title"] for a in page.all("span", "t") if "title" in a]
+    assert "JSD 0.75 nats, τ 0.5 nats" in titles[1]
+
+
 def test_phases_of_an_interrupted_run_come_from_its_checkpoint(tmp_path):
     run = read_run(write_run(tmp_path / "run", SWITCHED, log=LOG))
     assert dict(phases(run)) == {
@@ -182,9 +188,10 @@ def trained(tmp_path_factory):
     options = dict(
         model_name_or_path=folder / "student", teacher_model_name_or_path=folder / "teacher",
         dataset_name=folder / "rows.jsonl", output_dir=folder / "run", eval_size=2,
-        max_prompt_length=20, max_new_tokens=8, per_device_train_batch_size=2, max_steps=5,
-        lmbda=1, logging_steps=1, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, use_cpu="true", log_completions="false", disable_tqdm="true",
+        max_prompt_length=20, max_new_tokens=8, per_device_train_batch_size=1, max_steps=5,
+        gradient_accumulation_steps=2, jsd_base="e", lmbda=1, logging_steps=1,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, use_cpu="true",
+        log_completions="false", disable_tqdm="true",
     )  # fmt: skip
     assert train.main([str(p) for k, v in options.items() for p in (f"--{k}", v)]) == 0
     return folder / "run"
@@ -204,6 +211,11 @@ def test_report_of_a_real_run(trained, capsys):
     records = [json.loads(line) for line in (trained / "completions.jsonl").open()]
     tokens = sum(len(r["tokens"]) for r in records)
     assert tokens == run.totals["tokens"] and f"rollout tokens {tokens}" in body
+    assert run.config["gradient_accumulation_steps"] == 2  # for the times of its losses
+    forward = sum(seconds for _, seconds in run.series("time/forward"))
+    assert dict(phases(run))["losses, forward"] == pytest.approx(2 * forward)
+    titles = [a["title"] for a in page.all("span", "t") if "title" in a]
+    assert any(re.search(r"JSD \S+ nats, τ \S+ nats", title) for title in titles)
     changed, rest = settings(run.config)
     assert "max_new_tokens" in dict(changed) and "skew_alpha" in dict(rest)
     assert not {"use_cpu", "hub_token", "accelerator_config"} & set(dict(changed))

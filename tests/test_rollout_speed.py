@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_a_tied_head_is_read_and_grouped_heads_are_counted():
         model = tiny_model("llama", dtype=torch.float32, tie_word_embeddings=tied)
         assert weight_bytes(model) == 4 * (2 * layer + 32 + 60 * 32)
         assert position_bytes(model) == 2 * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("took", "want"),
+    [([9, 1, 3, 2], 2), ([30, 4], 4), ([9, 8, 5], 6.5), ([601], 601)],
+    ids=["repeats", "cold run over the patience", "patience", "endless"],
+)
+def test_a_cold_run_is_not_counted(monkeypatch, took, want):
+    now, left = [0.0], list(took)
+    monkeypatch.setattr(rollout_speed.time, "perf_counter", lambda: now[0])
+    bench = SimpleNamespace(
+        args=SimpleNamespace(repeats=3), timer=SimpleNamespace(synchronize=lambda: None)
+    )
+
+    def run():
+        now[0] += left.pop(0)
+
+    assert rollout_speed.Bench.seconds(bench, run) == want and not left
 
 
 def test_a_meter_leaves_nothing_behind():

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from switchkd.checkpoint import last_checkpoint
 from switchkd.config import SwitchConfig
+from switchkd.mixture import Text
 from switchkd.trainer import SwitchTrainer
 
 SIZE = 258
@@ -129,7 +130,8 @@ def test_rows_are_mixed_per_row_and_repeatably(tmp_path, share):
 
 
 def test_rows_without_a_response_are_always_rolled_out(tmp_path):
-    trainer = make(tmp_path, lmbda=0.0, rows=[{"prompt": "hi"}, {"prompt": "ho"}])
+    trainer = make(tmp_path, lmbda=1.0, rows=[{"prompt": "hi"}, {"prompt": "ho"}])
+    trainer.mixture.share = 0.0
     assert trainer.mixture.choose(trainer.train_dataset.rows, 0) == ["rollout"] * 2
 
 
@@ -340,10 +342,16 @@ def test_gradient_checkpointing_leaves_cache_and_rollouts_alone(tmp_path):
 def test_the_log_tells_how_far_kept_states_are_from_fresh_ones(tmp_path):
     trainer = make(tmp_path, max_steps=3, logging_steps=2)
     trainer.train()
-    kept = [entry["rollout/hidden_difference"] for entry in trainer.state.log_history[:-1]]
-    assert len(kept) == 1 and 0 <= kept[0] < 1e-9
+    (entry,) = trainer.state.log_history[:-1]
+    assert 0 <= entry["rollout/hidden_difference"] < 1e-9
+    assert 0 <= entry["rollout/logprob_difference"] < 1e-9
+    rows = trainer.train_dataset.rows
+    rollout = trainer.roll_out(rows[:1], epoch=0)
+    text = Text(rows[0], "rollout", rollout.completions()[0], hidden=rollout.hidden()[0])
+    apart = trainer.differences(text, rollout.student_logprob[0] + 0.25)
+    assert apart["rollout/logprob_difference"] == pytest.approx(0.25)
     trainer.teacher.double().lm_head.weight.data += 1  # the head comes after the states
-    rows, states = trainer.train_dataset.rows, torch.zeros(2, 32, dtype=torch.float64)
+    states = torch.zeros(2, 32, dtype=torch.float64)
     from switchkd.losses import kept_difference
 
     assert kept_difference(trainer.teacher, rows[0], [5, 6], states) == 1.0

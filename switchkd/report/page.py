@@ -91,7 +91,8 @@ def duration(seconds: float) -> str:
 
 def settings(config: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(options that differ from their defaults, all the others), as (name, value) in order."""
-    from switchkd.config import ScriptArguments, SwitchConfig  # imports transformers
+    from switchkd.arguments import ScriptArguments  # imports transformers
+    from switchkd.config import SwitchConfig
 
     defaults = {**asdict(ScriptArguments()), **SwitchConfig(use_cpu=True).to_dict()}
     defaults["use_cpu"] = config.get("use_cpu")  # found out by a run, not chosen

@@ -8,11 +8,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from switchkd.checkpoint import COMPLETIONS, RUN_STATE, checkpoint_step
-
-CONFIG, SUMMARY, STATE = "config.yaml", "summary.json", "trainer_state.json"
+from switchkd.checkpoint import (
+    COMPLETIONS,
+    CONFIG,
+    RUN_STATE,
+    STATE,
+    SUMMARY,
+    checkpoints,
+    read_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,6 @@ class Run:
         return start + self.series(f"eval_{name}")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders of a run, the newest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
 def _json(path: Path) -> dict:
     """A JSON object; empty if the file is missing or was cut off by a kill."""
     with contextlib.suppress(OSError, ValueError):
@@ -77,17 +75,7 @@ def read_run(folder: str | Path) -> Run:
             f"RUN_DIR: got {folder} without {CONFIG}, {COMPLETIONS}, {SUMMARY} or a checkpoint, "
             "expected the output folder of python -m switchkd.train"
         )
-    config = {}
-    if (folder / CONFIG).is_file():
-        try:
-            config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            line = str(error).splitlines()[0]
-            raise ValueError(f"{folder / CONFIG}: not valid YAML ({line})") from None
-        if not isinstance(config, dict):
-            raise ValueError(
-                f"{folder / CONFIG}: got no key: value lines, expected a run's options"
-            )
+    config = read_settings(folder)
     # A log is whole up to its own step: the longest tells most, wherever a resumed run left it.
     states = [_json(place / STATE) for place in places]
     state = max(states, key=lambda s: (s.get("global_step", 0), len(s.get("log_history", []))))

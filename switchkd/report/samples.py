@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from switchkd.checkpoint import checkpoints
 from switchkd.report.rollouts import Metric, Rollouts
-from switchkd.report.run import Run, checkpoints
+from switchkd.report.run import Run
 
 MOST_TOKENS = 512  # of one completion, and ...
 MOST_PROMPT = 1500  # ... characters of its prompt that are shown

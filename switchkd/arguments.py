@@ -1,0 +1,82 @@
+"""Options for what `transformers.TrainingArguments` knows nothing of: the models and the data.
+
+Names follow TRL's ModelConfig and ScriptArguments where those have one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from switchkd.models import EMBEDDED
+from switchkd.quantization import NAMED
+
+TEMPLATES = ("auto", "chat", "alpaca", "none")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def option(text: str, default=None, **flag):
+    """A dataclass field with its help text; `flag` goes to argparse."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default, metadata={"help": text, **flag})
+    return field(default=default, metadata={"help": text, **flag})
+
+
+@dataclass
+class ScriptArguments:
+    """Which models and which data.
+
+    Raises ValueError at construction for values that cannot work, saying got and expected.
+    """
+
+    model_name_or_path: str = option("Student: Hub id, folder, or 'embedded'.", EMBEDDED)
+    model_revision: str = option("Revision of the student on the Hub.", "main")
+    gguf_file: str | None = option("Read the student from this GGUF file in its folder.")
+    student_layers: str | None = option("Keep only these layers of the student, e.g. 0-11,18-29.")
+    dtype: str = option("Type of the student's weights: float32, bfloat16, auto.", "float32")
+    attn_implementation: str | None = option("Attention of both models: sdpa, eager, ...")
+    trust_remote_code: bool = option("Allow code from the Hub for both models.", False)
+    teacher_model_name_or_path: str | None = option("Teacher: Hub id, folder, or 'embedded'.")
+    teacher_model_revision: str = option("Revision of the teacher on the Hub.", "main")
+    teacher_gguf_file: str | None = option("Read the teacher from this GGUF file in its folder.")
+    teacher_dtype: str = option("Type of the teacher's weights.", "auto")
+    teacher_quantization: str | None = option(f"{', '.join(NAMED)}, or JSON of such a config.")
+    use_peft: bool = option("Train LoRA adapters on the student (needs peft).", False)
+    lora_r: int = option("Rank of the LoRA adapters.", 16)
+    lora_alpha: int = option("Scale of the LoRA adapters.", 32)
+    lora_dropout: float = option("Dropout of the LoRA adapters.", 0.0)
+    lora_target_modules: list[str] | None = option("Their modules: q_proj v_proj; all-linear.")
+    dataset_name: str = option("Training data: .jsonl file, Hub id, or 'embedded'.", EMBEDDED)
+    dataset_train_split: str = option("Split to train on (Hub and embedded data).", "train")
+    exclude_dataset_name: str | None = option(
+        "Rows whose prompt is in this data are left out of training, e.g. a test set."
+    )
+    eval_dataset_name: str | None = option("Validation data; by default rows held out of training.")
+    dataset_test_split: str = option("Split of the validation data.", "validation")
+    eval_size: int = option("Rows held out for validation, or at most so many are used.", 100)
+    split_seed: int = option(
+        "Seed of the rows held out for validation: the same for every training seed.", 42
+    )
+    max_train_rows: int | None = option("Use only the first so many rows.")
+    max_response_length: int | None = option(
+        "Response tokens of data rows at most; longer rows are left out. Default: max_new_tokens."
+    )
+    skip_malformed: bool = option("Leave malformed rows out instead of stopping.", False)
+    template: str = option(f"One of {', '.join(TEMPLATES)}.", "auto")
+
+    def __post_init__(self):
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+        for name in ("dtype", "teacher_dtype"):
+            value = DTYPES.get(getattr(self, name), getattr(self, name))
+            need(name, value in ("auto", *DTYPES.values()), f"{', '.join(DTYPES.values())} or auto")
+            setattr(self, name, value)
+        for one in fields(self):
+            idle = one.name.startswith("lora_") and not self.use_peft
+            same = getattr(self, one.name) == one.default
+            need(one.name, same or not idle, "use_peft true with it")
+        for name in ("lora_r", "eval_size", "max_train_rows", "max_response_length"):
+            value = getattr(self, name)
+            need(name, value is None or value >= 1, "an integer >= 1")
+        need("template", self.template in TEMPLATES, f"one of {', '.join(TEMPLATES)}")

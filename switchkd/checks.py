@@ -1,0 +1,68 @@
+"""What a SwitchTrainer refuses before any work."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from switchkd.config import SwitchConfig
+from switchkd.data import Rows
+
+UNUSED = (  # of `transformers.Trainer`: they would never be called
+    "model_init",
+    "data_collator",
+    "compute_loss_func",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+)
+
+
+def check_arguments(model, args, others: dict) -> None:
+    """The types of SwitchTrainer's arguments, before anything is loaded."""
+    if not isinstance(args, SwitchConfig):
+        raise TypeError(f"args: got {type(args).__name__}, expected a SwitchConfig")
+    for name in UNUSED:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name}: got {others[name]!r}, expected none: SwitchTrainer has its own batches, "
+                "loss and metrics"
+            )
+    if model is None:
+        raise ValueError("model: got None, expected a causal language model, its Hub id or folder")
+
+
+def check_trained(student: nn.Module, teacher: nn.Module | None) -> None:
+    """There is something to train, and it is not the teacher's."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            "model: got no trainable parameter, expected some (requires_grad), or a peft_config"
+        )
+    if teacher is not None and any(id(p) in trained for p in teacher.parameters()):
+        raise ValueError(
+            "teacher_model: got weights that are the student's, and would change in training; "
+            "expected a model of its own, or teacher_is_base with a peft_config"
+        )
+
+
+def check_responses(rows: Rows | None, lmbda: float) -> None:
+    """The rows that are trained on data have a response."""
+    if rows is not None and lmbda < 1 and not all(row.completion_ids for row in rows.rows):
+        raise ValueError(
+            f"{rows.report.source}: got rows without a response, expected responses for the share "
+            f"1 - lmbda = {1 - lmbda:g} of rows trained on data, or lmbda 1"
+        )
+
+
+def check_validation(rows: Rows | None, args: SwitchConfig, has_teacher: bool) -> None:
+    """Validation measures what the run goes by."""
+    if rows is None or args.eval_strategy == "no":
+        return
+    best = args.metric_for_best_model
+    going_by = f"metric_for_best_model {best}" if best else "adaptive_lmbda"
+    if (best or args.adaptive_lmbda) and not any(row.completion_ids for row in rows.rows):
+        raise ValueError(
+            f"{rows.report.source}: got no validation row with a response, expected some for "
+            f"{going_by} (eval_dataset_name, in Python eval_dataset), or eval_strategy no"
+        )
+    if best in ("kl", "eval_kl", "jsd", "eval_jsd") and not has_teacher:
+        raise ValueError(f"{going_by}: got no teacher, expected rouge_l or cross_entropy")

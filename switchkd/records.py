@@ -1,0 +1,87 @@
+"""Records of a data set, whatever their form: of JSON Lines, a JSON array, or a Hub data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from switchkd.models import EMBEDDED, EMBEDDED_DIR
+
+EVALUATED = ("test", "validation", "valid")  # the split to evaluate on: the first that there is
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+
+
+class Unreadable(str):
+    """Why a line is no record."""
+
+
+def read_records(
+    source: str, splits: Sequence[str]
+) -> tuple[str, Iterable[Mapping | Unreadable | None]]:
+    """(name, records) of a file, a Hub dataset id or folder (through `datasets`), or `embedded`.
+
+    splits: where there are several, the first of these that there is. A blank line is None.
+    """
+    path = Path(source)
+    if source == EMBEDDED:
+        files = [EMBEDDED_DIR / "data" / f"{split}.jsonl" for split in splits]
+        path = next((file for file in files if file.is_file()), files[0])
+    if path.suffix in (".jsonl", ".json") or path.is_file():
+        return path.name, _read_file(path)
+    return _read_hub(source, splits)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file, without the mark that Windows puts before the first."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, line {number}: got the byte 0x{line[error.start]:02x} "
+                    f"({error.reason}), expected a file in UTF-8"
+                ) from None
+
+
+def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:
+    if not path.is_file():
+        raise ValueError(f"data: got {path}, expected an existing .jsonl file or a Hub dataset id")
+    if path.suffix in TABLES:
+        raise ValueError(
+            f"data: got {path}, expected JSON Lines, one object a line (.jsonl), or the folder of "
+            "such a table, which is read as a Hub data set"
+        )
+    if path.suffix == ".json" and next(lines_of(path), "").lstrip().startswith("["):
+        try:
+            yield from json.loads("".join(lines_of(path)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name}: not a valid JSON array ({error}), cut off?") from None
+        return
+    for line in lines_of(path):
+        if not line.strip():
+            yield None
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            yield Unreadable(f"not valid JSON ({error.msg} at column {error.colno}), cut off?")
+
+
+def _read_hub(name: str, splits: Sequence[str]) -> tuple[str, Iterable[Mapping]]:
+    from datasets import get_dataset_split_names, load_dataset  # slow to import
+
+    try:
+        there = splits if len(splits) == 1 else get_dataset_split_names(name)
+        split = next((split for split in splits if split in there), None)
+        if split is not None:
+            return f"{name} [{split}]", load_dataset(name, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"data: cannot load {name!r} [{', '.join(splits)}] ({type(error).__name__}: {error}); "
+            "expected a Hub dataset id, a folder of data files, a .jsonl file, or 'embedded'"
+        ) from error
+    raise ValueError(
+        f"data: got {name!r} with the splits {', '.join(there)}, expected {' or '.join(splits)}"
+    )

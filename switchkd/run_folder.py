@@ -1,0 +1,134 @@
+"""The folder of a run: whether it is free, whether its run may go on, what is written first."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from switchkd.arguments import ScriptArguments
+from switchkd.checkpoint import (
+    COMPLETIONS,
+    CONFIG,
+    STATE,
+    SUMMARY,
+    adopt_threshold,
+    checkpoints,
+    find_checkpoint,
+    read_settings,
+)
+from switchkd.config import SwitchConfig
+
+# Options that may differ between a run and its continuation; any other would change the result.
+FREE_TO_CHANGE = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "log_completions",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "logging_dir",
+    "save_total_limit",
+    "rollout_batch_size",
+    "eval_temperature",
+    # Together with the number of processes they make the rows of a step, which must stay:
+    # `SwitchTrainer.load_run_state`.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
+LOGS = (COMPLETIONS, SUMMARY, STATE)  # of a run, beside its checkpoints
+RESULTS = (  # what the next run, or who looks for a model or an adapter, could take for its own
+    *LOGS,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "training_args.bin",
+    "report.html",
+)
+
+
+def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
+    """Refuse the folder of another run; returns the checkpoint to resume from."""
+    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: got the file {folder}, expected a folder")
+    if wanted in (None, False, "false", "False"):
+        config.resume_from_checkpoint = None
+        if config.process_index == 0:  # which writes into the folder while others start
+            check_free(folder, script, config)
+        return None
+    checkpoint = find_checkpoint(folder, wanted)
+    adopt_threshold(config, checkpoint)
+    values, before = run_settings(script, config), read_settings(Path(checkpoint).parent)
+    for key in sorted(before.keys() & values.keys() - FREE_TO_CHANGE):
+        if before[key] != values[key]:
+            raise ValueError(
+                f"{key}: got {values[key]!r}, expected {before[key]!r} as in the run to resume "
+                f"({Path(checkpoint).parent / CONFIG})"
+            )
+    config.resume_from_checkpoint = checkpoint
+    return checkpoint
+
+
+def check_free(folder: Path, script: ScriptArguments, config: SwitchConfig) -> None:
+    """Refuse a folder in which a new run would take something away."""
+    if config.overwrite_output_dir:
+        for name in (script.model_name_or_path, script.teacher_model_name_or_path):
+            place = Path(name or "").resolve()
+            if name and place.exists() and folder.resolve() in (place, *place.parents):
+                raise ValueError(f"output_dir: {folder} holds {name}, which this run begins with")
+        return
+    # A run that was killed early leaves a config.yaml of all options; one of fewer is somebody's.
+    options, record = run_settings(script, config).keys(), folder / CONFIG
+    if has_logs(folder) or (record.exists() and not options <= read_settings(folder).keys()):
+        raise ValueError(
+            f"output_dir: {folder} holds another run; expected a new folder, "
+            "--resume_from_checkpoint last to go on with it, or --overwrite_output_dir true"
+        )
+
+
+def has_logs(folder: Path) -> bool:
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in LOGS)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be, and write something."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+
+
+def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
+    """Every option of a run."""
+    return {**asdict(script), **config.to_dict()}
+
+
+def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
+    """Clear the folder of a run to overwrite and write config.yaml.
+
+    Only once everything has been loaded: a wrong model name must not cost the run that is there.
+    """
+    folder = Path(config.output_dir)
+    if has_logs(folder):  # else a folder with a model in it may be anybody's
+        for path in (folder / "base", *checkpoints(folder)):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [path for name in RESULTS for path in folder.glob(name)]:
+            path.unlink()
+    text = yaml.safe_dump(run_settings(script, config), sort_keys=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")

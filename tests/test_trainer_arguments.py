@@ -1,0 +1,95 @@
+"""In Python: what SwitchTrainer loads, what it refuses, and what it tells."""
+
+import logging
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from test_trainer import ROWS, SIZE, make
+from transformers import TrainingArguments
+
+from switchkd.config import SwitchConfig
+from switchkd.data import rows_from
+from switchkd.trainer import SwitchTrainer
+
+
+def build(tmp_path, **changes):
+    options = dict(
+        model=tiny_model("gpt2", vocab_size=SIZE, seed=2, dtype=torch.float32),
+        teacher_model=tiny_model(vocab_size=SIZE, seed=1, dtype=torch.float32),
+        args=SwitchConfig(output_dir=str(tmp_path), max_new_tokens=9, max_prompt_length=40),
+        train_dataset=ROWS, eval_dataset=ROWS[:3], processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    return SwitchTrainer(**{**options, **changes})
+
+
+def test_a_student_given_by_name_is_trained_in_float32(tmp_path):
+    for name, seed in (("teacher", 1), ("student", 2)):
+        model = tiny_model(vocab_size=SIZE, seed=seed, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    names = {"model": str(tmp_path / "student"), "teacher_model": str(tmp_path / "teacher")}
+    trainer = build(tmp_path, **names)
+    assert (trainer.model.dtype, trainer.teacher.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["compute_metrics", "compute_loss_func", "data_collator", "preprocess_logits_for_metrics"],
+)
+def test_what_would_never_be_called_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: got .*, expected none"):
+        build(tmp_path, **{name: print})
+
+
+def test_arguments_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="args: got TrainingArguments, expected a SwitchConfig"):
+        build(tmp_path, args=TrainingArguments(output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="model_init: got"):
+        build(tmp_path, model=None, model_init=tiny_model)
+    with pytest.raises(ValueError, match="model: got None"):
+        build(tmp_path, model=None)
+    model = tiny_model(vocab_size=SIZE, dtype=torch.float32)
+    with pytest.raises(ValueError, match="teacher_model: got weights that are the student's"):
+        build(tmp_path, model=model, teacher_model=model)
+    with pytest.raises(ValueError, match="model: got no trainable parameter"):
+        build(tmp_path, model=model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "switch"])
+def test_rows_without_a_response_need_lmbda_1(tmp_path, method):
+    prompts = [{"prompt": "hi"}, {"prompt": "ho", "completion": "he"}]
+    with pytest.raises(ValueError, match="dataset: got rows without a response"):
+        make(tmp_path, method=method, rows=prompts)
+    make(tmp_path, method="switch", lmbda=1.0, rows=prompts)
+
+
+def test_evaluate_takes_rows_in_any_form(tmp_path):
+    from datasets import Dataset
+
+    trainer = make(tmp_path)
+    wanted = {**trainer.evaluate(), "eval_seconds": None}
+    tokenised = rows_from(ROWS[:3], byte_tokenizer(), 40, 9)
+    for rows in (ROWS[:3], Dataset.from_list(ROWS[:3]), tokenised):
+        assert {**trainer.evaluate(rows), "eval_seconds": None} == wanted
+    with pytest.raises(ValueError, match="got no usable rows"):
+        trainer.evaluate([])
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="eval_dataset: got None"):
+        trainer.evaluate()
+    with pytest.raises(NotImplementedError, match="predict: expected evaluate"):
+        trainer.predict(ROWS)
+
+
+def test_nothing_is_logged_by_steps_where_logging_steps_is_0(tmp_path):
+    trainer = make(tmp_path, max_steps=2, logging_strategy="no", logging_steps=0)
+    trainer.train()
+    assert trainer.totals["tokens"] > 0
+
+
+def test_what_the_models_do_not_share_is_told_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = make(tmp_path)
+    told = [r.getMessage() for r in caplog.records if r.name == "switchkd.trainer"]
+    assert told == [f"note: {note}" for note in trainer.vocabulary.notes]
+    assert any("padded" in note or "smaller" in note for note in told)

@@ -1,0 +1,138 @@
+"""In Python: runs that are stopped, resumed, or started where another one was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import make
+
+from switchkd.console import GracefulStop
+
+RUN = dict(  # 8 rows: epochs of 4 steps
+    method="distillm", lmbda=0.5, replay_capacity=4, per_device_train_batch_size=2, max_steps=12,
+    learning_rate=0.3, eval_strategy="epoch", save_strategy="epoch", save_total_limit=9,
+    metric_for_best_model="kl",
+)  # fmt: skip
+
+
+class StopIn(GracefulStop):
+    """A signal in the middle of a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.saves = step, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.requested |= state.global_step == self.step - 1
+
+    def on_save(self, args, state, control, **kwargs):
+        super().on_save(args, state, control, **kwargs)
+        self.saves.append(state.global_step)
+
+
+def result(trainer):
+    """All that a run leaves, but its times and folder."""
+    folder = Path(trainer.args.output_dir)
+    state = trainer.state
+    validated = [(e["step"], e["eval_kl"]) for e in state.log_history if "eval_kl" in e]
+    completions = [json.loads(line) for line in (folder / "completions.jsonl").open()]
+    totals = {k: v for k, v in trainer.totals.items() if "seconds" not in k}
+    best = Path(state.best_model_checkpoint).name
+    return validated, completions, totals, best, trainer.mixture.state()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    trainer = make(tmp_path_factory.mktemp("whole"), **RUN)
+    trainer.train()
+    assert trainer.mixture.share > 0.5 and any("replay_of" in r for r in result(trainer)[1])
+    return trainer
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, whole, step):
+    """In the middle of an epoch a stop validates nothing; at its end, what is due anyway."""
+    stop = StopIn(step)
+    first = make(tmp_path, callbacks=[stop], **RUN)
+    first.train()
+    assert first.state.global_step == step
+    assert stop.saves == ([4] if step == 4 else [4, 6] if step == 6 else [2])
+    validated = [e["step"] for e in first.state.log_history if "eval_kl" in e]
+    assert validated == ([4] if step >= 4 else [])
+    again = make(tmp_path, **RUN)
+    again.train(resume_from_checkpoint=True)
+    assert result(again) == result(whole)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_stop_saves_once_whatever_else_is_due(tmp_path, strategy):
+    options = dict(max_steps=6, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
+                   save_strategy=strategy, save_steps=1, save_total_limit=1)  # fmt: skip
+    stop = StopIn(5)
+    trainer = make(tmp_path, callbacks=[stop], **options)
+    trainer.train()
+    assert trainer.state.best_global_step < 5, "the learning rate should have spoilt the last step"
+    assert stop.saves.count(5) == 1
+    assert (tmp_path / "checkpoint-5" / "run_state.json").exists()
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="got no intact checkpoint in"):
+        make(tmp_path, **options).train(resume_from_checkpoint=True)
+    make(tmp_path, **options).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    other = make(tmp_path, per_device_train_batch_size=4, **options)
+    with pytest.raises(ValueError, match="got 4 rows in a step .*, expected 8"):
+        other.train(resume_from_checkpoint=checkpoint)
+    other = make(tmp_path, target_teacher_share=0.5, **options)
+    with pytest.raises(ValueError, match="target_teacher_share: got 0.5, expected none"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_resumed_run_has_the_threshold_that_it_had(tmp_path):
+    options = dict(target_teacher_share=0.5, switch_tau0=1.0, max_new_tokens=16, lmbda=1.0,
+                   max_steps=2, save_strategy="steps", save_steps=1)  # fmt: skip
+    first = make(tmp_path, **options)
+    first.train()
+    again = make(tmp_path, **options)
+    again.calibrate = None  # it would be chosen anew with this student, and not with the resumed
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.policy == first.policy and again.calibration == first.calibration
+    assert again.args.switch_lambda == first.args.switch_lambda
+
+
+def test_the_share_of_rollouts_follows_from_the_loss_before_the_first_step(tmp_path):
+    """Also where nobody has evaluated before."""
+    trainer = make(tmp_path / "a", **RUN)
+    before = trainer.evaluate()["eval_cross_entropy"]
+    fresh = make(tmp_path / "b", **{**RUN, "max_steps": 1})
+    fresh.train()
+    assert fresh.mixture.reference == before == trainer.mixture.reference
+
+
+def test_a_new_run_in_the_folder_keeps_the_completions_of_the_last(tmp_path):
+    for seed in (1, 2, 3):
+        make(tmp_path, lmbda=1.0, seed=seed).train()
+    names = ["completions-1.jsonl", "completions-2.jsonl", "completions.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names
+    texts = [(tmp_path / name).read_text() for name in names]
+    assert len(set(texts)) == 3 and {text.count("\n") for text in texts} == {8}
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_run_that_is_resumed_at_its_end_does_no_step_more(tmp_path, strategy):
+    options = dict(RUN, max_steps=6, save_strategy=strategy, eval_strategy=strategy)
+    if strategy == "steps":  # the last of them in the middle of an epoch
+        options |= dict(save_steps=3, eval_steps=3)
+    first = make(tmp_path, **options)
+    first.train()
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6 and result(again)[1:] == result(first)[1:]
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not (tmp_path / "checkpoint-7").exists()
