@@ -184,10 +184,15 @@ class SwitchConfig(TrainingArguments):
         need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")
         sft = self.method == "sft" and self.needs_teacher
         need("method", not sft, f"loss_type cross_entropy without a teacher, not {self.loss_type}")
-        need("skew_alpha", 0 <= self.skew_alpha < 1, "a number in [0, 1)")
         jsd = self.loss_type == "generalized_jsd"
         need("beta", self.beta is None or jsd, "no beta unless loss_type is generalized_jsd")
-        need("beta", self.beta is None or 0 <= self.beta <= 1, "a number in [0, 1]")
+        for name, ends, expected in (
+            ("skew_alpha", (0,), "[0, 1)"),
+            ("beta", (None, 0, 1), "[0, 1]"),
+        ):
+            value = getattr(self, name)  # the kernels need both a weight and 1 less it
+            ok = value in ends or 1e-4 <= value <= 1 - 1e-4
+            need(name, ok, f"a number in {expected}, 1e-4 from 0 and 1 if it is neither")
         need("contrastive_weight", 0 <= self.contrastive_weight <= 2, "a number in [0, 2]")
         need("jsd_base", str(self.jsd_base) in ("2", "e"), "2 or e")
         rated = self.switch_schedule in RATES

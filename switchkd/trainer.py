@@ -180,7 +180,7 @@ class SwitchTrainer(RolloutTrainer):
     @with_whole_weights
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, the rollouts of all of them decoded at once."""
-        if self.state.global_step >= self.state.max_steps:  # of a run that is resumed at its end:
+        if 0 < self.state.max_steps <= self.state.global_step:  # of a run resumed at its end:
             return [], torch.zeros(2, device=device)  # Trainer looks at that after a step alone
         sizes, rows = [], []
         for _ in range(num_batches):

@@ -71,10 +71,17 @@ def test_wrong_arguments_are_told():
         ((x[:, :4], w), r"x must be \(rows, 5\), got \[2, 4\]"),
         ((x.double(), w), "must be float32, got Double and Float"),
         ((x, w.t().contiguous().t()), "rows of stride 1, got 1 and 3"),
+        ((x, w[0]), r"weight must have two dimensions, got \[5\]"),
+        ((x[0, 0], w), r"x must be \(rows, 5\), got \[1\]"),
         ((x, w, torch.zeros(4)), r"bias must be \(3,\) float32, got \[4\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             few_row_linear(*args)
+
+
+def test_the_result_has_no_gradient():
+    x, w = torch.randn(2, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    assert not few_row_linear(x, w).requires_grad
 
 
 def test_layers_change_within_the_context_only(monkeypatch):

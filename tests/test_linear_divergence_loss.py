@@ -333,7 +333,7 @@ def test_rows_without_a_distribution_are_refused_by_the_callers_row(side):
     [
         ({"reduction": "none"}, "reduction 'none' has no gradient"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
+        ({"softcap": 0.0}, r"softcap must be in \(0, inf\), got 0.0"),
         ({"logit_scale": math.inf}, "logit_scale"),
         ({"ce_weight": 1.0}, r"ce_weight 1.0 needs labels of shape \(13,\), got None"),
         ({"ce_weight": -1.0}, "ce_weight"),

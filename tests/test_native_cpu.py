@@ -126,6 +126,28 @@ def test_few_long_rows_are_split(instructions, rows, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_batch_or_on_threads(instructions, dtype):
+    teacher, student = logits(3, 151936, dtype, spread=0.5)
+    key = where(3)
+
+    def run(part, threads):
+        torch.set_num_threads(threads)
+        try:
+            options = key | {name: key[name][part] for name in ("sequence_ids", "positions")}
+            z = teacher[part], student[part]
+            chosen = switch_select(*z, 0.01, impl="cpu", **options)
+            return *chosen, *loss_and_gradient(divergence_loss, *z, impl="cpu")
+        finally:
+            torch.set_num_threads(1)
+
+    want = run(slice(None), 1)
+    for threads in (1, 2):
+        for part in (slice(None), *(slice(i, i + 1) for i in range(3))):
+            for got, whole in zip(run(part, threads), want, strict=True):
+                assert torch.equal(got, whole[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sample(instructions, dtype):
     filters = (
         {}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": 20}, {"top_p": 0.4}, {"min_p": 0.05},
@@ -243,6 +265,13 @@ def test_undefined_rows_raise(instructions, side, bad):
         with pytest.raises(InvalidLogits, match=f"{side} logits, row 3") as caught:
             run()
         assert (caught.value.model, caught.value.row) == (side, 3)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.9}])
+def test_logits_that_leave_float32_when_divided_raise(instructions, filters):
+    z = torch.tensor([[0.0, 0.0, 1.0], [1e35, 0.0, 1.0]])
+    with pytest.raises(InvalidLogits, match=r"student logits, row 1: \+inf"):
+        sample(z, temperature=1e-5, impl="cpu", **filters, **where(2))
 
 
 HEADS = {

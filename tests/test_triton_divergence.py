@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, as_stored, check_close, logits, poisoned
-from switchkd_kernels import _backend, divergence_loss, jsd
+from switchkd_kernels import divergence_loss, jsd
 from test_linear_divergence_loss import Memory
 from test_reference_divergence import plain as textbook
 
@@ -140,7 +140,9 @@ def test_strides(form, small_blocks):
 
 def test_rows_further_apart_than_32_bits(small_blocks):
     teacher, student = logits(3, 70, torch.bfloat16)
-    step = 1_100_000_000  # row 2 begins past 2^31; what lies between the rows is never touched
+    # Row 2 begins past 2^31; what lies between the rows is never touched. Odd: were it a multiple
+    # of 16, loads would be wider than those of near rows, and sums in another order.
+    step = 1_100_000_007
     torch.utils.deterministic.fill_uninitialized_memory = False
     far = torch.empty_strided((3, 140), (step, 1), dtype=torch.bfloat16, device=DEVICE)
     far[:, :70], far[:, 70:] = teacher, student
@@ -264,9 +266,8 @@ def test_only_the_student_gets_a_gradient_in_its_dtype_and_only_once(dtype):
     loss = divergence_loss(teacher, student, impl="triton")
     loss.backward(retain_graph=True)
     assert loss.dtype == torch.float32 and student.grad.dtype == dtype and teacher.grad is None
-    grad = torch.autograd.grad(loss.square(), student, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss.square(), student, create_graph=True)
     with torch.no_grad():
         assert not divergence_loss(teacher, student, impl="triton").requires_grad
 
@@ -327,16 +328,13 @@ def test_padding_has_no_part_in_value_or_gradient(vocab, small_blocks):
 
 
 @pytest.fixture(params=["reference", "triton"])
-def chosen(request, monkeypatch):
-    """On a CPU an op picks the reference; here it is made to take either."""
-    choose = _backend.choose
-    monkeypatch.setattr(_backend, "choose", lambda impl, *xs: choose(request.param, *xs))
+def chosen(request):
     return request.param
 
 
 def test_opcheck(chosen):
     (teacher, student), ops = logits(4, 10), torch.ops.switchkd
-    mask, form = MASK.flatten(), ("skew_reverse_kl", 0.1, True, 8)
+    mask, form = MASK.flatten(), ("skew_reverse_kl", 0.1, True, 8, chosen)
     loss, saved = ops.divergence(teacher, student, mask, *form)
     torch.library.opcheck(ops.divergence_backward, (loss, teacher, student, mask, saved, *form))
     torch.library.opcheck(ops.divergence, (teacher, student.requires_grad_(), mask, *form))

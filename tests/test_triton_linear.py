@@ -60,7 +60,8 @@ def check_agrees(teacher, student, **options):
     assert {x.dtype for x in got[1:]} == {student[0].dtype} and got[0].dtype == torch.float32
     for what, a, b, c in zip(("loss", "hidden", "weight", "bias"), got, plain, truth, strict=False):
         tiny = TINY.get(a.dtype, 1e-6)
-        check_close(a, b, c, what=what, tiny=tiny, scale=0.01 * float(c.abs().max()))
+        # A small row is a sum whose terms cancel; how far depends on the library's order of them.
+        check_close(a, b, c, what=what, tiny=tiny, scale=0.05 * float(c.abs().max()))
     count = 1 if "reduction" in options else 3 if "mask" in options else N
     with torch.no_grad():
         rows = loss_of(teacher, student, **(options | {"impl": "triton", "reduction": "none"}))

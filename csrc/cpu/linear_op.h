@@ -14,6 +14,7 @@ namespace {
 
 Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
               bool transposed) {
+  TORCH_CHECK(weight.dim() == 2, "weight must have two dimensions, got ", weight.sizes());
   const int64_t K = transposed ? weight.size(0) : weight.size(1);
   const int64_t N = transposed ? weight.size(1) : weight.size(0);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == K, "x must be (rows, ", K, "), got ", x.sizes());

@@ -1,11 +1,10 @@
-// The split of rows, and of few rows' columns, over threads.
+// The split of rows into slices, and of rows or slices over threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -31,51 +30,55 @@ Scan combined(const Scan* slices, int64_t count, int64_t step) {
   return all;
 }
 
+// Columns of a slice: by the width of a row alone, so that its sums, and what is decided by them, are
+// the same in any batch and for any number of threads. A power of two of slices, so that as many
+// threads have equal shares; no more of them, because each finds its maximum anew.
+int64_t slice_size(int64_t vocab) {
+  constexpr int64_t MOST = 1 << 16;  // columns
+  int64_t slices = 1;
+  while (slices * MOST < vocab) slices *= 2;
+  return (vocab + slices * SLICE - 1) / (slices * SLICE) * SLICE;
+}
+
 // first(row, start, end, Scan[2]) over slices, then second(row, Scan[2] of the whole row, start,
 // end) -> R over slices, then last(row, Scan[2], R[], slices). A thread does whole rows, so that
 // the second sweep finds them in its cache, unless there are fewer rows than threads.
 template <class R, class First, class Second, class Last>
 void sweep(int64_t rows, int64_t vocab, First first, Second second, Last last) {
-  constexpr int64_t WORTH_A_THREAD = 1 << 15;  // entries
-  const int64_t threads = at::get_num_threads(), blocks = (vocab + SLICE - 1) / SLICE;
-  int64_t slices = 1;
-  if (rows < threads && rows > 0 && rows * vocab > 2 * WORTH_A_THREAD && !at::in_parallel_region())
-    slices = std::min((threads + rows - 1) / rows, blocks);
-  const int64_t size = (blocks + slices - 1) / slices * SLICE;
-  slices = (vocab + size - 1) / size;
-  if (slices == 1) {
-    const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / vocab);
-    at::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; ++row) {
-        Scan scans[2];
-        first(row, 0, vocab, scans);
-        const R result = second(row, scans, 0, vocab);
-        last(row, scans, &result, 1);
-      }
-    });
-    return;
-  }
+  const int64_t size = slice_size(vocab), slices = (vocab + size - 1) / size;
   std::vector<Scan> parts(2 * rows * slices), whole(2 * rows);
   std::vector<R> results(rows * slices);
-  auto range = [&](int64_t slice) {
-    return std::pair(slice * size, std::min((slice + 1) * size, vocab));
+  auto start = [&](int64_t i) { return i % slices * size; };
+  auto end = [&](int64_t i) { return std::min(start(i) + size, vocab); };
+  auto scan = [&](int64_t i) { first(i / slices, start(i), end(i), &parts[2 * i]); };
+  auto combine = [&](int64_t row) {
+    for (int m = 0; m < 2; ++m)
+      whole[2 * row + m] = combined(&parts[2 * row * slices + m], slices, 2);
   };
-  at::parallel_for(0, rows * slices, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const auto [start, end] = range(i % slices);
-      first(i / slices, start, end, &parts[2 * i]);
-    }
+  auto measure = [&](int64_t i) {
+    results[i] = second(i / slices, &whole[i / slices * 2], start(i), end(i));
+  };
+  auto finish = [&](int64_t row) { last(row, &whole[2 * row], &results[row * slices], slices); };
+  auto each = [](int64_t count, int64_t grain, auto work) {
+    at::parallel_for(0, count, grain, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) work(i);
+    });
+  };
+  if (slices > 1 && rows < at::get_num_threads() && !at::in_parallel_region()) {
+    each(rows * slices, 1, scan);
+    for (int64_t row = 0; row < rows; ++row) combine(row);
+    each(rows * slices, 1, measure);
+    for (int64_t row = 0; row < rows; ++row) finish(row);
+    return;
+  }
+  constexpr int64_t WORTH_A_THREAD = 1 << 15;  // entries
+  each(rows, std::max<int64_t>(1, WORTH_A_THREAD / vocab), [&](int64_t row) {
+    const int64_t from = row * slices, to = from + slices;
+    for (int64_t i = from; i < to; ++i) scan(i);
+    combine(row);
+    for (int64_t i = to; i-- > from;) measure(i);  // what was read last is still in the cache
+    finish(row);
   });
-  for (int64_t i = 0; i < 2 * rows; ++i)
-    whole[i] = combined(&parts[i / 2 * slices * 2 + i % 2], slices, 2);
-  at::parallel_for(0, rows * slices, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const auto [start, end] = range(i % slices);
-      results[i] = second(i / slices, &whole[i / slices * 2], start, end);
-    }
-  });
-  for (int64_t row = 0; row < rows; ++row)
-    last(row, &whole[2 * row], &results[row * slices], slices);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ from switchkd_kernels import _checks as check
 from switchkd_kernels import _cuda, _native, _tl
 
 IMPLS = ("reference", "triton", "cpu", "cuda")
+MOST_SPLITS = 128  # programs a row
 
 
 def triton_refuses(*tensors: Tensor | None) -> str | None:
@@ -17,14 +18,14 @@ def triton_refuses(*tensors: Tensor | None) -> str | None:
     if _tl.UNAVAILABLE:
         return _tl.UNAVAILABLE
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in (
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"its kernels take float32, float16 and bfloat16, got {tensor.dtype}"
-        if tensor is not None and tensor.device.type == "cpu" and not interpreting():
+        if tensor.device.type == "cpu" and not interpreting():
             return "the tensors are on a CPU, and TRITON_INTERPRET=1 was not set at import"
+        if tensor.device.type not in ("cpu", "cuda", "xpu"):
+            return f"the tensors are on {tensor.device}"
     return None
 
 
@@ -62,11 +63,12 @@ def choose(impl: str | None, *tensors: Tensor | None, cuda: bool = False) -> str
     Raises ValueError for tensors on several devices, TypeError for one that is not floating point,
     RuntimeError for an explicit choice that cannot run, with the reason.
     """
-    devices = {tensor.device for tensor in tensors if tensor is not None}
+    given = [tensor for tensor in tensors if tensor is not None]
+    check.compute_dtype(*given)
+    devices = {tensor.device for tensor in given}
     if len(devices) > 1:
         raise ValueError(f"tensors must be on one device, got {', '.join(map(str, devices))}")
     check.one_of("impl", impl, (None, *IMPLS))
-    check.compute_dtype(*(tensor for tensor in tensors if tensor is not None))
     if impl == "reference":
         return impl
     if impl is None:
@@ -88,16 +90,23 @@ def multiprocessors(device: torch.device) -> int:
     return getattr(properties, "multi_processor_count", 64)
 
 
+def splits(rows: int, vocab_size: int, block: int, programs: int, device: torch.device) -> int:
+    """Programs a row: enough for `programs` on every multiprocessor, at most one a block."""
+    wanted = programs * multiprocessors(device) // max(rows, 1)
+    return max(1, min(wanted, -(-vocab_size // block), MOST_SPLITS))
+
+
+def slices(vocab_size: int, block: int, splits: int) -> tuple[int, int]:
+    """(columns, number) of slices of a row: whole blocks, at most `splits` slices, none empty."""
+    size = -(-vocab_size // (block * splits)) * block
+    return size, -(-vocab_size // size)
+
+
 def on(device: torch.device):
     """Makes `device` the current one for a launch, which Triton does not do by itself."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
-
-
-def signed(seed: int) -> int:
-    """The same 64 bits as a signed integer, which is what a kernel or an op takes."""
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def at_most(registers: int, device: torch.device) -> dict:

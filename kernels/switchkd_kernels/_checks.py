@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -38,13 +40,35 @@ def check_rows(model: str, row_max: Tensor, rows: Tensor | None = None) -> None:
     raise InvalidLogits(f"{model} logits, row {row}: {what}; expected finite or -inf", model, row)
 
 
+def a_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: the arithmetic never runs in a half precision."""
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise TypeError(f"tensors must be floating point, got {tensor.dtype}")
+    for each in tensors:
+        a_tensor("each of logits, states, weights and biases", each)
+        if not each.is_floating_point():
+            raise TypeError(f"tensors must be floating point, got {each.dtype}")
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
+
+
+def logits(vocab_size: int | None, rows: bool = False, **given: Tensor) -> int:
+    """The shared vocabulary of logits (..., V), equal in the other dimensions; `rows`: (M, V)."""
+    compute_dtype(*given.values())
+    shapes = [z.shape for z in given.values()]
+    first, last = shapes[0], shapes[-1]
+    expected = None
+    if rows and len(first) != 2:
+        expected = "be (rows, vocabulary)"
+    elif len(first) == 0 or first[:-1] != last[:-1]:
+        expected = "agree in all but the last dimension"
+    if expected:
+        got = " and ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{' and '.join(given)} must {expected}, got {got}")
+    return shared_vocab(first[-1], last[-1], vocab_size)
 
 
 def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None) -> int:
@@ -55,7 +79,8 @@ def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None)
                 f"teacher and student have {teacher_width} and {student_width} logits a row: "
                 "pass vocab_size, the number of real tokens they share"
             )
-        vocab_size = teacher_width
+        return teacher_width
+    integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(teacher_width, student_width):
         raise ValueError(
             f"vocab_size must be between 1 and {min(teacher_width, student_width)}, the smaller "
@@ -64,17 +89,30 @@ def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None)
     return vocab_size
 
 
-def number(name: str, value: float, low: float, high: float, *, open_high: bool = False) -> float:
-    """A finite number within [low, high], or [low, high) with open_high."""
-    if not (low <= value < high if open_high else low <= value <= high):
-        raise ValueError(
-            f"{name} must be in [{low}, {high}{')' if open_high else ']'}, got {value}"
-        )
+def integer(name: str, value: int, low: float = -math.inf, high: float = math.inf) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    number(name, value, low, high)
+    return value
+
+
+def real(name: str, value: object) -> None:
+    if not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def number(name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
+    """A number between `low` and `high`; a round end is not within."""
+    real(name, value)
+    inside = low < value if ends[0] == "(" else low <= value
+    if not (inside and (value < high if ends[1] == ")" else value <= high)):
+        raise ValueError(f"{name} must be in {ends[0]}{low}, {high}{ends[1]}, got {value}")
     return float(value)
 
 
 def temperature(name: str, value: float) -> float:
     """0 is greedy; a positive value under 1e-5 would overflow and is refused."""
+    real(name, value)
     if value != 0 and not 1e-5 <= value < math.inf:
         raise ValueError(f"{name} must be 0 (greedy) or at least 1e-5 and finite, got {value}")
     return float(value)
@@ -108,6 +146,14 @@ def at_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def as_tensor(name: str, value, device: torch.device | None = None) -> Tensor:
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(value).__name__
+        raise TypeError(f"{name} must be a number or numbers, got {got}: {error}") from error
+
+
 def integers(
     name: str, value, limit: int, device: torch.device | None = None, wait: bool = True
 ) -> Tensor:
@@ -115,8 +161,9 @@ def integers(
 
     Without `wait`, values that are not at hand are not looked at.
     """
-    tensor = torch.as_tensor(value, device=device)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    tensor = as_tensor(name, value, device)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if tensor.numel() and not whole:  # of nothing torch makes floats
         raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
     if tensor.numel() and (wait or at_hand(tensor)):
@@ -128,11 +175,15 @@ def integers(
 
 def seed(value: int) -> int:
     """A seed is 64 bits."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+    integer("seed", value)
     if not 0 <= value < 2**64:
         raise ValueError(f"seed must be in [0, 2^64), got {value}")
     return value
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits as a signed integer, which is what a kernel or an op takes."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def per_row(
@@ -147,12 +198,12 @@ def per_row(
 
     Values that are on an accelerator already are not looked at: that would wait for the device.
     """
-    tensor = torch.as_tensor(value)
+    tensor = as_tensor(name, value)
     if limit is not None:
         tensor = integers(name, tensor, limit, wait=False)
     elif at_hand(tensor) and has_nan(tensor):
         raise ValueError(f"{name} must be a number in every row, got NaN")
-    if isinstance(value, Tensor | list | tuple):
+    if isinstance(value, Tensor) or tensor.dim():
         tensor = tensor.to(device, dtype)
     else:  # filled there: a copy from the host could not be captured in a CUDA graph
         tensor = torch.full((), value, dtype=dtype, device=device)
@@ -191,6 +242,7 @@ def flat_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     """The mask as a flat bool tensor; its values are looked at only if it is of another dtype."""
     if mask is None:
         return None
+    a_tensor("mask", mask)
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not torch.compiler.is_compiling():
@@ -204,3 +256,15 @@ def rows_of(shape: torch.Size, mask: Tensor | None, reduction: str) -> Rows:
     one_of("reduction", reduction, ("none", "sum", "mean"))
     mask = flat_mask(mask, shape)
     return Rows(shape, None if mask is None else mask.nonzero().squeeze(1))
+
+
+def once_differentiable(backward):
+    """torch's own lets the derivative of a gradient be 0 where what came upstream is constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():  # with create_graph, and only then
+            raise RuntimeError("the loss is differentiable once: got create_graph=True")
+        return backward(ctx, *upstream)
+
+    return checked

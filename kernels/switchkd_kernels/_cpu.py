@@ -41,8 +41,8 @@ def sample(
     token = torch.ops.switchkd_native.sample(
         logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream
     )
-    if len(token) and check.extremes(token)[0] < 0:
-        _raise_for(token < 0, vocab_size, **{model: logits})
+    if len(token) and check.extremes(token)[0] < 0:  # z / T may be beyond float32
+        _raise_for(token < 0, vocab_size, **{model: logits.float() / (temperature or 1.0)})
     return token
 
 

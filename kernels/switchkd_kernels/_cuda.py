@@ -37,6 +37,18 @@ def _unavailable(major: int, minor: int) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _gpu_refuses(index: int | None) -> str | None:
+    """As torch.compile sees it: a fact of the machine, and nothing to trace."""
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU; use impl 'triton' or 'cpu'"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        major, minor = capability
+        return f"it needs compute capability 8.0, GPU {index} has {major}.{minor}"
+    return _unavailable(*capability)
+
+
 def refuses(*tensors: Tensor | None) -> str | None:
     """Why the CUDA kernel cannot take these tensors; None if it can. May compile it."""
     given = [tensor for tensor in tensors if tensor is not None]
@@ -46,13 +58,7 @@ def refuses(*tensors: Tensor | None) -> str | None:
         if tensor.device.type != "cuda" or torch.version.hip:
             kind = "an AMD GPU" if tensor.device.type == "cuda" else tensor.device
             return f"it needs an NVIDIA GPU, the tensors are on {kind}; use impl 'triton'"
-    if not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU; use impl 'triton' or 'cpu'"
-    device = given[0].device if given else None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-    return _unavailable(*capability)
+    return _gpu_refuses(given[0].device.index if given else None)
 
 
 def switch_select(

@@ -26,7 +26,7 @@ from switchkd_kernels.divergence_loss import (
     terms_block,
     totals,
 )
-from switchkd_kernels.rowwise import Form, compare, gradients, values
+from switchkd_kernels.rowwise import Form, compare, gradients, log_prob, values
 
 
 class Options(NamedTuple):
@@ -128,7 +128,7 @@ def plain(teacher, student, biases, labels, needs_grad: bool, options: Options, 
         loss = z.new_zeros(len(z))
     if labels is not None:
         label = labels[:, None]
-        loss = loss - options.ce_weight * (z.gather(-1, label).squeeze(-1) - z.logsumexp(-1))
+        loss = loss - options.ce_weight * log_prob(z, labels)
     if not needs_grad:
         return loss, None
     q = z.softmax(-1) if teacher is None else pair.q

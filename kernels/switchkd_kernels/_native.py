@@ -268,11 +268,15 @@ def unavailable() -> str | None:
 
     The first call may compile. What fails is said once, on the logger `switchkd_kernels`.
     """
+    wanted = os.environ.get("SWITCHKD_CPU", "")
+    if wanted not in ("", *INSTRUCTION_SETS):
+        names = ", ".join(INSTRUCTION_SETS)
+        raise ValueError(f"SWITCHKD_CPU must be one of {names}, got {wanted!r}")
     try:
         path = built()
         try:
             torch.ops.load_library(path)
-            torch.ops.switchkd_native.use(os.environ.get("SWITCHKD_CPU", ""))
+            torch.ops.switchkd_native.use(wanted)
         except (OSError, RuntimeError, AttributeError) as error:
             raise BuildError(f"{path} cannot be used: {str(error).splitlines()[0]}") from error
     except BuildError as error:

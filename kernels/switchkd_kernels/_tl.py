@@ -363,3 +363,10 @@ def store_partial(partial_ptr, token_ptr, place, step, model):
     tl.store(partial_ptr + step + place, model[1])
     tl.store(partial_ptr + 2 * step + place, model[2])
     tl.store(token_ptr + place, model[3])
+
+
+@triton.jit
+def last_to_arrive(count_ptr, splits):
+    """Whether all other slices of a row have been here; what they stored before is then seen."""
+    tl.debug_barrier()  # what any thread stored comes before the arrival
+    return tl.atomic_add(count_ptr, 1, sem="acq_rel") == splits - 1

@@ -19,8 +19,9 @@ def pair_of(teacher, student):
 def compare(zt, zs, pair):
     """(log2 p, log2 q, d): d = log q - log p, NaN where both vanish.
 
-    d is the difference of the logits, less that of the maxima, which takes any offset with it, less
-    the log of the ratio of the sums, which errs by about one rounding.
+    d is the difference of the logits, less that of the maxima, with which an offset of one model
+    goes, though not the digits it has cost, less the log of the ratio of the sums, which errs by
+    about one rounding.
     """
     t_top, t_log, s_top, log_ratio = pair
     d = ((zs - zt) - (s_top - t_top)) - log_ratio

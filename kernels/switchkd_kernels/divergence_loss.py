@@ -205,7 +205,7 @@ class _Divergence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx, upstream):
         teacher, student, mask, saved = ctx.saved_tensors
         unit, ctx.unit = ctx.unit, None
@@ -233,10 +233,9 @@ def _kept(teacher, student, mask, vocab_size):
 @torch.library.custom_op("switchkd::divergence", mutates_args=())
 def _forward_op(
     teacher: Tensor, student: Tensor, mask: Tensor | None, kind: str, weight: float, detach: bool,
-    vocab_size: int,
+    vocab_size: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    launch = _LAUNCH.get(backend.choose(None, teacher, student))
-    if launch is not None:
+    if launch := _LAUNCH.get(impl):
         return launch[0](teacher, student, mask, kind, weight, detach, vocab_size)[:2]
     pair, kept = _kept(teacher, student, mask, vocab_size)
     nats = values(pair, Form(kind, weight, detach))
@@ -254,10 +253,9 @@ def _(teacher, student, *args):
 @torch.library.custom_op("switchkd::divergence_backward", mutates_args=())
 def _backward_op(
     upstream: Tensor, teacher: Tensor, student: Tensor, mask: Tensor | None, saved: Tensor,
-    kind: str, weight: float, detach: bool, vocab_size: int,
+    kind: str, weight: float, detach: bool, vocab_size: int, impl: str,
 ) -> Tensor:  # fmt: skip
-    launch = _LAUNCH.get(backend.choose(None, teacher, student))
-    if launch is not None:
+    if launch := _LAUNCH.get(impl):
         return launch[1](upstream, teacher, student, mask, saved, kind, weight, detach, vocab_size)
     pair, kept = _kept(teacher, student, mask, vocab_size)
     rows = upstream[kept, None] * gradients(pair, Form(kind, weight, detach))
@@ -277,10 +275,11 @@ def _setup(ctx, inputs, output):
     ctx.form = form
 
 
+@check.once_differentiable
 def _op_backward(ctx, upstream, _):
     teacher, student, mask, saved = ctx.saved_tensors
     grad = _backward_op(upstream, teacher, student, mask, saved, *ctx.form)
-    return None, grad, None, None, None, None, None
+    return None, grad, *[None] * 6
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup)
@@ -293,21 +292,16 @@ def _rows(
     impl: str, teacher, student, form: Form, mask, vocab_size, reduction, base=None
 ) -> Tensor:
     """Reduced divergences by the kernels: no step of it waits for the device."""
+    size = check.logits(vocab_size, teacher_logits=teacher, student_logits=student)
     shape = student.shape[:-1]
-    if teacher.shape[:-1] != shape or teacher.dim() == 0:
-        raise ValueError(
-            "teacher_logits and student_logits must agree in all but the last dimension, got "
-            f"{tuple(teacher.shape)} and {tuple(student.shape)}"
-        )
-    check.compute_dtype(teacher, student)
-    size = check.shared_vocab(teacher.shape[-1], student.shape[-1], vocab_size)
     check.one_of("reduction", reduction, ("none", "sum", "mean"))
     mask = check.flat_mask(mask, shape)
+    student = student if torch.is_grad_enabled() else student.detach()
     teacher, student = (
         check.unit_stride(x.reshape(-1, x.shape[-1])) for x in (teacher.detach(), student)
     )
     if torch.compiler.is_compiling():
-        loss, _saved = _forward_op(teacher, student, mask, *form, size)
+        loss, _saved = _forward_op(teacher, student, mask, *form, size, impl)
     else:
         loss = _Divergence.apply(teacher, student, mask, impl, *form, size)
     if base is not None:
@@ -373,7 +367,7 @@ def divergence_loss(
     bfloat16 on a CPU, else reference), "triton", "cpu" or "reference". Raises ValueError and
     TypeError, and InvalidLogits (with model and row) on a CPU. On a GPU nothing waits for the
     device (but for a look at a mask that is not bool): a row of logits that defines no distribution
-    gives NaN.
+    gives NaN. Differentiable once: a backward pass with create_graph=True raises RuntimeError.
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}

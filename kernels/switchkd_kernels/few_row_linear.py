@@ -21,11 +21,13 @@ def few_row_linear(
 ) -> Tensor:
     """(..., N) of x (..., K) and weight (N, K), or with `transposed` (K, N), as GPT-2 stores it.
 
-    All float32 on a CPU; rows contiguous. Without autograd. Faster than a library's product up to
-    about 48 rows. Raises RuntimeError, with the reason, where it cannot run or shapes do not fit.
+    All float32 on a CPU; rows contiguous. The result has no gradient. Faster than a library's
+    product up to about 48 rows. Raises RuntimeError, with the reason, where it cannot run or the
+    tensors do not fit.
     """
     if reason := _native.unavailable():
         raise RuntimeError(f"few_row_linear cannot run: {reason}")
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = torch.ops.switchkd_native.linear(rows, weight, bias, transposed)
+    rows = x.reshape(x.shape[:-1].numel(), *x.shape[-1:])
+    with torch.no_grad():
+        y = torch.ops.switchkd_native.linear(rows, weight, bias, transposed)
     return y.view(*x.shape[:-1], y.shape[-1])

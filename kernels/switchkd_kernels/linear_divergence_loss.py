@@ -9,6 +9,8 @@ four matrix products (teacher's and student's logits, d hidden, d weight; three 
 and between them one kernel that overwrites the student's logits by their gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ class _LinearDivergence(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx, upstream):
         grads = [
             None if grad is None else (grad * upstream).to(dtype)
@@ -173,6 +175,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*output[2:])
 
 
+@check.once_differentiable
 def _op_backward(ctx, upstream, *_):
     grads = [
         (grad * upstream).to(dtype) if need else None
@@ -195,6 +198,7 @@ def _indices(rows: check.Rows, like: Tensor) -> Tensor:
 
 
 def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check.compute_dtype(hidden, weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}_hidden must be (..., H) and {name}_weight (V, H), got "
@@ -263,7 +267,7 @@ def linear_divergence_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     labels: Tensor | None = None,
-    ce_weight: float = 0.0,
+    ce_weight: float | None = None,
     weight_grad: Tensor | None = None,
     weight_grad_scale: float = 1.0,
     row_weights: Tensor | None = None,
@@ -274,8 +278,9 @@ def linear_divergence_loss(
 
     teacher_hidden (..., Ht), teacher_weight (Vt, Ht), teacher_bias (Vt,); student_* likewise, with
     its own width; logits = softcap tanh(logit_scale (h W^T + b) / softcap), softcap None: no cap.
-    labels (...): token ids below the shared vocabulary for the cross-entropy -log q(label). kind
-    "cross_entropy" is that term alone (ce_weight 1 unless given), with None for the teacher.
+    labels (...): token ids below the shared vocabulary for the cross-entropy -log q(label); their
+    range is looked at. kind "cross_entropy" is that term alone, with None for the teacher.
+    ce_weight None is 1 for that kind, else 0.
     kind, alpha, beta, detach_mixture, mask, vocab_size and reduction as in `divergence_loss`; rows
     with mask 0 are dropped before any product. Nats; the result is float32 (float64 for float64).
 
@@ -286,7 +291,8 @@ def linear_divergence_loss(
     the scale must be what the loss will be multiplied by before backward.
     row_weights (...) of floats multiply each row's loss, and so its gradient, with none of their
     own (importance weights); "mean" still divides by the number of rows. Not under torch.compile.
-    reduction "none" has no gradient and is refused where the student needs one. Products run in the
+    reduction "none" has no gradient and is refused where the student needs one; others are
+    differentiable once: create_graph=True raises RuntimeError. Products run in the
     dtype of the inputs, or that of autocast, everything else in float32 or float64. chunk_size
     rows are in work at once, by default as many as keep the logits of one model within 64 MiB
     (640 MiB in Triton), at least 16.
@@ -298,8 +304,10 @@ def linear_divergence_loss(
     alone = kind == "cross_entropy"
     if (teacher_hidden is None or teacher_weight is None) != alone:
         raise ValueError(f"kind {kind!r} {'takes no' if alone else 'needs a'} teacher")
+    if ce_weight is None:
+        ce_weight = float(alone)
     if alone:
-        teacher_weight, ce_weight = student_weight, ce_weight or 1.0
+        teacher_weight = student_weight
     else:
         _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _check_head("student", student_hidden, student_weight, student_bias)
@@ -310,13 +318,14 @@ def linear_divergence_loss(
             f"{tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
         )
     size = check.shared_vocab(teacher_weight.shape[0], student_weight.shape[0], vocab_size)
-    check.number("ce_weight", ce_weight, 0, float("inf"), open_high=True)
-    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
-    chosen = backend.choose(impl, *given, teacher_bias, student_bias)
+    check.number("ce_weight", ce_weight, 0, math.inf, "[)")
+    check.number("logit_scale", logit_scale, 0, math.inf, "()")
+    if softcap is not None:
+        check.number("softcap", softcap, 0, math.inf, "()")
     product_dtype = _autocast_dtype(student_hidden)
+    products = student_hidden.new_empty(0, dtype=product_dtype)  # what the kernels take
+    given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
+    chosen = backend.choose(impl, *given, teacher_bias, student_bias, products)
     if chunk_size is None:
         width = 4 if chosen == "reference" else (product_dtype or student_hidden.dtype).itemsize
         chunk_size = max(16, CHUNK_BYTES[chosen] // (width * size))
@@ -326,8 +335,8 @@ def linear_divergence_loss(
     check.one_of("reduction", reduction, ("none", "sum", "mean"))
     if ce_weight == 0:
         labels = None
-    elif labels is None or labels.shape != shape:
-        got = None if labels is None else tuple(labels.shape)
+    elif not isinstance(labels, Tensor) or labels.shape != shape:
+        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"ce_weight {ce_weight} needs labels of shape {tuple(shape)}, got {got}")
     form = Form(kind) if alone else form_of(kind, alpha, beta, detach_mixture)
     options = Options(

@@ -46,7 +46,7 @@ def philox(seed: int, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _words(seed, sequence_ids, positions, stream, blocks: range, device=None) -> tuple[Tensor, ...]:
     """Counter of every backend: v // 4, position, id & 0xffffffff, id >> 32 | stream << 24."""
-    check.one_of("stream", stream, range(256))
+    check.integer("stream", stream, 0, 255)
     ids = check.integers("sequence_ids", sequence_ids, 2**56, device, wait=False).unsqueeze(-1)
     position = check.integers("positions", positions, 2**32, ids.device, wait=False).unsqueeze(-1)
     block = torch.arange(blocks.start, blocks.stop, device=ids.device)

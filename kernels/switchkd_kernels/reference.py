@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from switchkd_kernels import _arguments as arguments
 from switchkd_kernels import _checks as check
 from switchkd_kernels.noise import (
     STREAM_COIN,
@@ -23,7 +24,16 @@ from switchkd_kernels.noise import (
     philox,
     uniform,
 )
-from switchkd_kernels.rowwise import KINDS, Form, compare, form_of, gradients, in_base, values
+from switchkd_kernels.rowwise import (
+    KINDS,
+    Form,
+    compare,
+    form_of,
+    gradients,
+    in_base,
+    log_prob,
+    values,
+)
 
 __all__ = [
     "KINDS",
@@ -57,35 +67,21 @@ def _filter(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     return z
 
 
-def sample(
-    logits: Tensor,
-    *,
-    seed: int,
-    sequence_ids,
-    positions,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    vocab_size: int | None = None,
-    stream: int = STREAM_TOKEN,
-    model: str = "student",
+def draw(
+    logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream, model
 ) -> Tensor:
-    """`switchkd_kernels.sample` by a sort; raises InvalidLogits, naming `model`."""
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (rows, vocabulary), got {tuple(logits.shape)}")
-    temperature = check.temperature("temperature", temperature)
-    check.number("top_k", top_k, 0, math.inf)
-    check.number("min_p", min_p, 0, 1)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    size = check.shared_vocab(logits.shape[-1], logits.shape[-1], vocab_size)
-    z = logits.detach()[:, :size].to(check.compute_dtype(logits))
+    """`sample` as a launcher: arguments as arguments.sampling has checked them."""
+    z = logits[:, :vocab_size].to(check.compute_dtype(logits))
     check.check_rows(model, z.amax(-1))
     if temperature == 0:
         return z.argmax(-1)
-    noise = gumbel(seed, sequence_ids, positions, size, stream, device=z.device)
+    noise = gumbel(seed % 2**64, ids, positions, vocab_size, stream, device=z.device)
     return (_filter(z / temperature, top_k, top_p, min_p) + noise).argmax(-1)
+
+
+def sample(logits: Tensor, **options) -> Tensor:
+    """`switchkd_kernels.sample` by a sort; raises InvalidLogits, naming `model`."""
+    return draw(*arguments.sampling(logits, **options))
 
 
 class SwitchSelection(NamedTuple):
@@ -99,50 +95,22 @@ class SwitchSelection(NamedTuple):
     student_logprob: Tensor
 
 
-def switch_select(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    threshold: Tensor | float,
-    *,
-    seed: int,
-    sequence_ids,
-    positions,
-    teacher_temperature: float = 1.0,
-    student_temperature: float = 1.0,
-    metric: str = "jsd",
-    base: int | str = 2,
-    teacher_token: Tensor | None = None,
-    student_token: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> SwitchSelection:
-    """`switchkd_kernels.switch_select`; raises InvalidLogits with model and row."""
-    if teacher_logits.dim() != 2 or teacher_logits.shape[:1] != student_logits.shape[:-1]:
-        raise ValueError(
-            "teacher_logits and student_logits must be (rows, vocabulary) with equal rows, got "
-            f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
-        )
-    check.one_of("metric", metric, ("jsd", "kl", "rank"))
-    check.one_of("base", base, (2, "e"))
-    rows = teacher_logits.shape[0]
-    size = check.shared_vocab(teacher_logits.shape[-1], student_logits.shape[-1], vocab_size)
-    dtype = check.compute_dtype(teacher_logits, student_logits)
-    teacher = teacher_logits.detach()[:, :size].to(dtype)
-    student = student_logits.detach()[:, :size].to(dtype)
-    threshold = torch.as_tensor(threshold, device=teacher.device).to(dtype)
-    if threshold.dim() and threshold.shape != (rows,):
-        raise ValueError(f"threshold must be a number or ({rows},), got {tuple(threshold.shape)}")
-    if bool(threshold.isnan().any()):
-        raise ValueError("threshold must be a number in every row, got NaN")
+def select(
+    teacher, student, threshold, ids, positions, teacher_token, student_token,
+    seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`switch_select` as a launcher: arguments as arguments.selection has checked them."""
+    dtype = check.compute_dtype(teacher, student)
+    teacher, student = (z[:, :vocab_size].to(dtype) for z in (teacher, student))
     pair = compare(teacher, student)
 
     def token_of(name: str, z: Tensor, temperature: float, token: Tensor | None, stream: int):
-        temperature = check.temperature(f"{name}_temperature", temperature)
-        if token is not None:
-            return check.integers(f"{name}_token", token, size, z.device).expand(rows)
+        if token is not None:  # one that is on a GPU has not been looked at
+            return check.integers(f"{name}_token", token, vocab_size)
         if temperature == 0:
             return z.argmax(-1)
         if stream not in noise:
-            noise[stream] = gumbel(seed, sequence_ids, positions, size, stream, device=z.device)
+            noise[stream] = gumbel(seed % 2**64, ids, positions, vocab_size, stream)
         return (z / temperature + noise[stream]).argmax(-1)
 
     noise: dict[int, Tensor] = {}
@@ -155,14 +123,20 @@ def switch_select(
     elif metric == "kl":
         divergence = values(pair, Form("kl_teacher_student")).clamp(max=50.0)
     else:
-        divergence = in_base(values(pair, Form("jsd")), base)
+        divergence = in_base(values(pair, Form("jsd")), 2 if bits else "e")
 
     from_teacher = divergence > threshold
     token = torch.where(from_teacher, teacher_token, student_token)
-    index = token[:, None]
-    log_p = teacher.gather(-1, index).squeeze(-1) - teacher.logsumexp(-1)
-    log_q = student.gather(-1, index).squeeze(-1) - student.logsumexp(-1)
-    return SwitchSelection(token, from_teacher, divergence, log_p, log_q)
+    return token, from_teacher, divergence, log_prob(teacher, token), log_prob(student, token)
+
+
+def switch_select(
+    teacher_logits: Tensor, student_logits: Tensor, threshold: Tensor | float, **options
+) -> SwitchSelection:
+    """`switchkd_kernels.switch_select`; raises InvalidLogits with model and row."""
+    return SwitchSelection(
+        *select(*arguments.selection(teacher_logits, student_logits, threshold, **options))
+    )
 
 
 class _Divergence(torch.autograd.Function):
@@ -176,7 +150,7 @@ class _Divergence(torch.autograd.Function):
         return values(compare(teacher.to(dtype), student.to(dtype), rows), form)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx, grad_output: Tensor):
         teacher, student = ctx.saved_tensors
         dtype = check.compute_dtype(teacher, student)
@@ -186,14 +160,9 @@ class _Divergence(torch.autograd.Function):
 
 def _nats(teacher_logits, student_logits, form, mask, vocab_size, reduction):
     """(kept rows,) divergences in nats, and the Rows that reduce them."""
-    shape = student_logits.shape[:-1]
-    if teacher_logits.shape[:-1] != shape or teacher_logits.dim() == 0:
-        raise ValueError(
-            "teacher_logits and student_logits must agree in all but the last dimension, got "
-            f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
-        )
-    size = check.shared_vocab(teacher_logits.shape[-1], student_logits.shape[-1], vocab_size)
-    rows = check.rows_of(shape, mask, reduction)
+    pair = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    size = check.logits(vocab_size, **pair)
+    rows = check.rows_of(student_logits.shape[:-1], mask, reduction)
     teacher = rows.take(teacher_logits.detach())[:, :size]
     return _Divergence.apply(teacher, rows.take(student_logits)[:, :size], form, rows.kept), rows
 

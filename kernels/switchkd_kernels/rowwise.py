@@ -32,11 +32,18 @@ class Form(NamedTuple):
     detach: bool = False
 
 
+def _check_weight(name: str, value: float, ends: str = "[]") -> None:
+    """Near 0 and 1 either a weight or 1 less the weight has too few digits in float32."""
+    check.number(name, value, 0, 1, ends)
+    if value not in (0, 1) and not 1e-4 <= value <= 1 - 1e-4:
+        raise ValueError(f"{name} must be at least 1e-4 from 0 and 1, or one of them, got {value}")
+
+
 def form_of(kind: str, alpha: float, beta: float, detach_mixture: bool) -> Form:
     """Check a loss's arguments, and name its limits: alpha 0 and beta 0, 1/2, 1 are other kinds."""
     check.one_of("kind", kind, KINDS)
-    check.number("alpha", alpha, 0, 1, open_high=True)
-    check.number("beta", beta, 0, 1)
+    _check_weight("alpha", alpha, "[)")
+    _check_weight("beta", beta)
     if detach_mixture and kind not in ("skew_reverse_kl", "generalized_jsd"):
         why = "would leave no gradient" if kind == "skew_kl" else "has no mixture to detach"
         raise ValueError(f"detach_mixture is for skew_reverse_kl, got kind {kind!r}, which {why}")
@@ -60,9 +67,10 @@ class Pair(NamedTuple):
 def compare(teacher: Tensor, student: Tensor, rows: Tensor | None = None) -> Pair:
     """Softmax of (M, V) logits of one compute dtype. Raises InvalidLogits, with the row in `rows`.
 
-    d is (z_s - z_t) - (lse_s - lse_t): the first difference is exact for near logits, that of the
-    maxima takes any offset with it, and that of the sums, by their ratio, errs by about one
-    rounding, the same for the whole row, so that it enters a divergence only squared.
+    d is (z_s - z_t) - (lse_s - lse_t). The first difference is exact for near logits; an offset of
+    one model costs it the digits of its size, and goes with that of the maxima. That of the sums,
+    by their ratio, errs by about one rounding, the same for the whole row, so that it enters a
+    divergence only squared.
     """
     teacher_max, student_max = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
     check.check_rows("teacher", teacher_max, rows)
@@ -71,6 +79,12 @@ def compare(teacher: Tensor, student: Tensor, rows: Tensor | None = None) -> Pai
     p_sum, q_sum = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
     d = (student - teacher).sub_(student_max - teacher_max).sub_((q_sum / p_sum).log_())
     return Pair(p.div_(p_sum), q.div_(q_sum), d.masked_fill_(d.isnan(), 0.0))
+
+
+def log_prob(z: Tensor, token: Tensor) -> Tensor:
+    """(M,) log-probabilities of tokens, from the rows' maxima: an offset takes no digits."""
+    z = z - z.amax(-1, keepdim=True)
+    return z.gather(-1, token[:, None]).squeeze(-1) - z.logsumexp(-1)
 
 
 def _log_mix(d: Tensor, weight: float) -> Tensor:

@@ -14,15 +14,17 @@ import math
 import torch
 from torch import Tensor
 
+from switchkd_kernels import _arguments as arguments
 from switchkd_kernels import _backend as backend
-from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
     block_noise,
+    combine,
     could_win,
     exp,
     first_of_largest,
     is_distribution,
+    last_to_arrive,
     load_block,
     noise_bounds,
     noise_words,
@@ -30,6 +32,7 @@ from switchkd_kernels._tl import (
     softmax_end,
     softmax_start,
     softmax_step,
+    store_partial,
     tempered,
     tl,
     triton,
@@ -37,24 +40,25 @@ from switchkd_kernels._tl import (
 )
 from switchkd_kernels.noise import STREAM_TOKEN
 
-# A program a row. In blocks of 2048 a thread of 8 warps has 8 logits, one 16-byte load in bf16, and
-# less than 128 registers with nothing spilled, so that two programs share a multiprocessor; blocks
-# of 4096 take more than that.
-BLOCK, WARPS = 2048, 8
+# In blocks of 2048 a thread of 8 warps has 8 logits, one 16-byte load in bf16, and less than 128
+# registers with nothing spilled, so that two programs share a multiprocessor; blocks of 4096 take
+# more than that. Filters look at a row several times, in one program; without one it takes 50
+# registers, and few rows are split until four programs share a multiprocessor.
+BLOCK, WARPS, PROGRAMS_PER_PROCESSOR = 2048, 8, 4
 
 
 @triton.jit
 def _draw(
-    row_ptr, V, floor, below, seed, counter, temperature,
+    row_ptr, start, end, V, floor, below, seed, counter, temperature,
     GREEDY: tl.constexpr, FILTERED: tl.constexpr, STREAM: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x >= floor and > below; of
-    z and the largest z / T + G where not FILTERED."""
+    """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x >= floor and > below in
+    columns [start, end); of z and the largest z / T + G where not FILTERED."""
     lanes = softmax_start(BLOCK, GROUP)
     places = tl.zeros((BLOCK // GROUP,), tl.int32)  # blocks where the maxima were met
     best = float("-inf"), V * 0
-    for first in tl.range(0, V, BLOCK):
+    for first in tl.range(start, end, BLOCK):
         x = load_block(row_ptr, first, V, EVEN, BLOCK)
         rest = temperature  # what is left to divide by
         can_win = True
@@ -127,19 +131,27 @@ def _kth_largest(row_ptr, V, k, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     return _ordered(low).to(tl.float32, bitcast=True)
 
 
+# One kernel serves any number of rows: rows and splits are the grid's, slice_size is always a
+# multiple of BLOCK, which wide loads need to know, and SPLITS is the most there may be.
 @triton.jit(do_not_specialize=["seed"])
 def _sample_kernel(
-    logits_ptr, id_ptr, position_ptr, token_ptr,
-    V, stride, stride_id, stride_position,
+    logits_ptr, id_ptr, position_ptr, token_ptr, partial_ptr, partial_token_ptr,
+    V, slice_size, stride, stride_id, stride_position,
     seed: tl.int64, temperature, inverse, top_k, top_p, log_min_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    STREAM: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    STREAM: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program draws for a row. floor: what top-k and min-p keep starts here; below: the last
-    winner, refused; limit: the mass above a token for which top-p refuses it."""
+    """A program draws for a row; where SPLITS is not 1, for a slice of it, and the last of a row to
+    arrive compares the draws. floor: what top-k and min-p keep starts here; below: the last winner,
+    refused; limit: the mass above a token for which top-p refuses it."""
     FILTERED: tl.constexpr = TOP_K or TOP_P or MIN_P
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
+    start, end, last = 0, V, True
+    if SPLITS > 1:
+        start = tl.program_id(1) * slice_size
+        end = tl.minimum(start + slice_size, V)
     counter = tl.load(position_ptr + row * stride_position), tl.load(id_ptr + row * stride_id)
     T = temperature, inverse
     floor, below, limit, token = float("-inf"), float("-inf"), 0.0, V * 0
@@ -147,8 +159,8 @@ def _sample_kernel(
         floor = tempered(_kth_largest(row_ptr, V, top_k, EVEN, BLOCK), T)
     rejected = True
     while rejected:
-        top, mass, _, token = _draw(
-            row_ptr, V, floor, below, seed, counter, T,
+        top, mass, best, token = _draw(
+            row_ptr, start, end, V, floor, below, seed, counter, T,
             GREEDY, FILTERED, STREAM, GROUP, EVEN, BLOCK,
         )  # fmt: skip
         rejected = False
@@ -164,53 +176,66 @@ def _sample_kernel(
                 rejected = rejected | (above >= limit)
             rejected = rejected & is_distribution(mass)
             below = value
+        if SPLITS > 1:  # nothing is refused without a filter
+            rows, splits = tl.num_programs(0), tl.num_programs(1)
+            place, step = row * splits + tl.program_id(1), rows * splits
+            store_partial(partial_ptr, partial_token_ptr, place, step, (top, mass, best, token))
+            last = last_to_arrive(token_ptr + row, splits)  # counted where the token will be
+            if last:
+                drawn = combine(partial_ptr, partial_token_ptr, row, rows, splits, SPLITS)
+                mass, token = drawn[1], drawn[3]
         token = tl.where(is_distribution(mass), token, -1)
-    tl.store(token_ptr + row, token.to(tl.int64))
+    if last:
+        tl.store(token_ptr + row, token.to(tl.int64))
 
 
 def _launch(
     logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream, model=None
 ) -> Tensor:
     rows, device = logits.shape[0], logits.device
-    token = torch.empty(rows, dtype=torch.int64, device=device)
     greedy = temperature == 0
+    filters = {
+        "TOP_K": 0 < top_k < vocab_size and not greedy,
+        "TOP_P": top_p < 1 and not greedy,
+        "MIN_P": min_p > 0 and not greedy,
+    }
+    splits = 1
+    if not any(filters.values()):
+        splits = backend.splits(rows, vocab_size, BLOCK, PROGRAMS_PER_PROCESSOR, device)
+    slice_size, splits = backend.slices(vocab_size, BLOCK, splits)
+    # Slices count their arrivals from zero, and to write that is a launch, as a kernel to compare
+    # their draws would be; but one that reads nothing, and not a second one of Triton's.
+    token = (torch.empty if splits == 1 else torch.zeros)(rows, dtype=torch.int64, device=device)
+    partial = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
+    partial_token = torch.empty(rows, splits, dtype=torch.int32, device=device)
     with backend.on(device):
-        _sample_kernel[(rows,)](
-            logits, ids, positions, token,
-            vocab_size, logits.stride(0), ids.stride(0), positions.stride(0),
+        _sample_kernel[(rows, splits)](
+            logits, ids, positions, token, partial, partial_token,
+            vocab_size, slice_size, logits.stride(0), ids.stride(0), positions.stride(0),
             seed, *with_inverse(temperature or 1.0), top_k if top_k < vocab_size else 0,
             max(top_p, 1e-30),  # either keeps the maximum alone, but 0 would keep nothing
             math.log(min_p) if min_p else -math.inf,
-            GREEDY=greedy,
-            TOP_K=0 < top_k < vocab_size and not greedy,
-            TOP_P=top_p < 1 and not greedy,
-            MIN_P=min_p > 0 and not greedy,
-            STREAM=stream, BLOCK=BLOCK, num_warps=backend.warps(WARPS),
+            GREEDY=greedy, **filters,
+            STREAM=stream, SPLITS=1 if splits == 1 else backend.MOST_SPLITS,
+            BLOCK=BLOCK, num_warps=backend.warps(WARPS),
             **backend.layout(vocab_size, BLOCK, logits),
         )  # fmt: skip
     return token
 
 
-_LAUNCH = {"triton": _launch, "cpu": _cpu.sample}
+_LAUNCH = {"triton": _launch, "cpu": _cpu.sample, "reference": reference.draw}
 
 
 @torch.library.custom_op("switchkd::sample", mutates_args=())
 def _op(
     logits: Tensor, ids: Tensor, positions: Tensor,
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float,
-    vocab_size: int, stream: int, model: str,
+    vocab_size: int, stream: int, model: str, impl: str,
 ) -> Tensor:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    launch = _LAUNCH.get(backend.choose(None, logits))
-    if launch is not None:
-        return launch(
-            logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream,
-            model,
-        )  # fmt: skip
-    return reference.sample(
-        logits, seed=seed % 2**64, sequence_ids=ids, positions=positions, temperature=temperature,
-        top_k=top_k, top_p=top_p, min_p=min_p, vocab_size=vocab_size, stream=stream, model=model,
-    )  # fmt: skip
+    return _LAUNCH[impl](
+        logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream, model
+    )
 
 
 @_op.register_fake
@@ -248,31 +273,11 @@ def sample(
     where it is filtered) comes back as token -1; ids and positions that are already on the device
     are not checked. Rows may have any stride.
     """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (rows, vocabulary), got {tuple(logits.shape)}")
-    chosen = backend.choose(impl, logits)
-    if chosen == "reference" and not torch.compiler.is_compiling():
-        return reference.sample(
-            logits, seed=seed, sequence_ids=sequence_ids, positions=positions,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            vocab_size=vocab_size, stream=stream, model=model,
-        )  # fmt: skip
-    check.compute_dtype(logits)
-    if not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
-    check.number("top_k", top_k, 0, math.inf)
-    check.number("min_p", min_p, 0, 1)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    check.one_of("stream", stream, range(256))
-    rows, device = logits.shape[0], logits.device
-    args = (
-        check.unit_stride(logits.detach()),
-        check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
-        check.per_row("positions", positions, rows, device, limit=2**32),
-        backend.signed(check.seed(seed)),
-        check.temperature("temperature", temperature),
-        top_k, float(top_p), float(min_p),
-        check.shared_vocab(logits.shape[-1], logits.shape[-1], vocab_size), stream, model,
+    args = arguments.sampling(
+        logits, seed=seed, sequence_ids=sequence_ids, positions=positions, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, vocab_size=vocab_size, stream=stream, model=model,
     )  # fmt: skip
-    return (_op if torch.compiler.is_compiling() else _LAUNCH[chosen])(*args)
+    chosen = backend.choose(impl, logits)
+    if torch.compiler.is_compiling():
+        return _op(*args, chosen)
+    return _LAUNCH[chosen](*args)

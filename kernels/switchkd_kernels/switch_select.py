@@ -10,6 +10,7 @@ largest perturbed logit; a second one, served by the cache as far as the rows fi
 import torch
 from torch import Tensor
 
+from switchkd_kernels import _arguments as arguments
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, _cuda, reference
@@ -19,6 +20,7 @@ from switchkd_kernels._tl import (
     could_win,
     first_of_largest,
     is_distribution,
+    last_to_arrive,
     load_block,
     load_pair,
     noise_bounds,
@@ -213,9 +215,7 @@ def _switch_select_kernel(
         if PHASE == "decide":
             measured_ptr = partial_ptr + 6 * step + row * splits
             tl.store(measured_ptr + split, divergence)
-            tl.debug_barrier()  # the store above, by any thread, comes before the arrival
-            arrived = tl.atomic_add(partial_token_ptr + 2 * step + row, 1, sem="acq_rel")
-            last = arrived == splits - 1
+            last = last_to_arrive(partial_token_ptr + 2 * step + row, splits)
             if last:
                 each = tl.arange(0, SPLITS)
                 parts = measured_ptr + each
@@ -231,9 +231,7 @@ def _switch_select_kernel(
 
 
 def _splits(rows: int, vocab_size: int, device: torch.device) -> int:
-    """Programs a row: enough to fill the device, at most one a block."""
-    wanted = PROGRAMS_PER_PROCESSOR * backend.multiprocessors(device)
-    return max(1, min(wanted // max(rows, 1), triton.cdiv(vocab_size, BLOCK), 128))
+    return backend.splits(rows, vocab_size, BLOCK, PROGRAMS_PER_PROCESSOR, device)
 
 
 def _launch(
@@ -244,9 +242,8 @@ def _launch(
     token = torch.empty(rows, dtype=torch.int64, device=device)
     writer = torch.empty(rows, dtype=torch.uint8, device=device)
     values = torch.empty(3, rows, dtype=torch.float32, device=device)
-    slice_size = triton.cdiv(vocab_size, BLOCK)
-    slice_size = triton.cdiv(slice_size, splits or _splits(rows, vocab_size, device)) * BLOCK
-    splits = triton.cdiv(vocab_size, slice_size)
+    splits = splits or _splits(rows, vocab_size, device)
+    slice_size, splits = backend.slices(vocab_size, BLOCK, splits)
     partial = torch.empty(7, rows, splits, dtype=torch.float32, device=device)
     partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
@@ -279,7 +276,12 @@ def _launch(
     return token, writer.view(torch.bool), *values
 
 
-_LAUNCH = {"triton": _launch, "cpu": _cpu.switch_select, "cuda": _cuda.switch_select}
+_LAUNCH = {
+    "triton": _launch,
+    "cpu": _cpu.switch_select,
+    "cuda": _cuda.switch_select,
+    "reference": reference.select,
+}
 
 
 @torch.library.custom_op("switchkd::switch_select", mutates_args=())
@@ -287,24 +289,14 @@ def _op(
     teacher: Tensor, student: Tensor, threshold: Tensor, ids: Tensor, positions: Tensor,
     teacher_token: Tensor | None, student_token: Tensor | None,
     seed: int, teacher_temperature: float, student_temperature: float,
-    metric: str, bits: bool, vocab_size: int,
+    metric: str, bits: bool, vocab_size: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    launch = _LAUNCH.get(backend.choose(None, teacher, student))
-    if launch is not None:
-        token, writer, *values = launch(
-            teacher, student, threshold, ids, positions, teacher_token, student_token,
-            seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
-        )  # fmt: skip
-        return token, writer, *(value.clone() for value in values)  # outputs must not share memory
-    return tuple(
-        reference.switch_select(
-            teacher, student, threshold, seed=seed % 2**64, sequence_ids=ids, positions=positions,
-            teacher_temperature=teacher_temperature, student_temperature=student_temperature,
-            metric=metric, base=2 if bits else "e", teacher_token=teacher_token,
-            student_token=student_token, vocab_size=vocab_size,
-        )
+    token, writer, *values = _LAUNCH[impl](
+        teacher, student, threshold, ids, positions, teacher_token, student_token,
+        seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
     )  # fmt: skip
+    return token, writer, *(value.clone() for value in values)  # outputs must not share memory
 
 
 @_op.register_fake
@@ -333,8 +325,10 @@ def switch_select(
     vocab_size: int | None = None,
     impl: str | None = None,
 ) -> SwitchSelection:
-    """Decide for M positions which model writes, and the token it writes.
+    """Decide for M positions which model writes, and the token it writes: a SwitchSelection.
 
+    Its fields, (M,) each: token int64, from_teacher bool, and in float32 (float64 for float64)
+    divergence, teacher_logprob and student_logprob, of the token in nats, untempered.
     The teacher writes iff divergence > threshold, (M,) or a number, +-inf allowed; equality is the
     student's (SWITCH, arXiv 2410.19503, Algorithm 1). The divergence compares the full softmax of
     (M, Vt) `teacher_logits` and (M, Vs) `student_logits` over the shared vocabulary, untempered:
@@ -353,38 +347,13 @@ def switch_select(
     out of range, comes back as token -1 with NaN; ids, positions and NaN thresholds that are
     already on the device are not checked. Rows may have any stride.
     """
-    if teacher_logits.dim() != 2 or teacher_logits.shape[:1] != student_logits.shape[:-1]:
-        raise ValueError(
-            "teacher_logits and student_logits must be (rows, vocabulary) with equal rows, got "
-            f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
-        )
-    chosen = backend.choose(impl, teacher_logits, student_logits, cuda=True)
-    if chosen == "reference" and not torch.compiler.is_compiling():
-        return reference.switch_select(
-            teacher_logits, student_logits, threshold, seed=seed, sequence_ids=sequence_ids,
-            positions=positions, teacher_temperature=teacher_temperature,
-            student_temperature=student_temperature, metric=metric, base=base,
-            teacher_token=teacher_token, student_token=student_token, vocab_size=vocab_size,
-        )  # fmt: skip
-    check.one_of("metric", metric, ("jsd", "kl", "rank"))
-    check.one_of("base", base, (2, "e"))
-    dtype = check.compute_dtype(teacher_logits, student_logits)
-    rows, device = teacher_logits.shape[0], teacher_logits.device
-    size = check.shared_vocab(teacher_logits.shape[-1], student_logits.shape[-1], vocab_size)
-    tokens = [
-        None if token is None else check.per_row(name, token, rows, device, limit=size)
-        for name, token in (("teacher_token", teacher_token), ("student_token", student_token))
-    ]
-    args = (
-        check.unit_stride(teacher_logits.detach()),
-        check.unit_stride(student_logits.detach()),
-        check.per_row("threshold", threshold, rows, device, dtype=dtype),
-        check.per_row("sequence_ids", sequence_ids, rows, device, limit=2**56),
-        check.per_row("positions", positions, rows, device, limit=2**32),
-        *tokens,
-        backend.signed(check.seed(seed)),
-        check.temperature("teacher_temperature", teacher_temperature),
-        check.temperature("student_temperature", student_temperature),
-        metric, base == 2, size,
+    args = arguments.selection(
+        teacher_logits, student_logits, threshold, seed=seed, sequence_ids=sequence_ids,
+        positions=positions, teacher_temperature=teacher_temperature,
+        student_temperature=student_temperature, metric=metric, base=base,
+        teacher_token=teacher_token, student_token=student_token, vocab_size=vocab_size,
     )  # fmt: skip
-    return SwitchSelection(*(_op if torch.compiler.is_compiling() else _LAUNCH[chosen])(*args))
+    chosen = backend.choose(impl, teacher_logits, student_logits, cuda=True)
+    if torch.compiler.is_compiling():
+        return SwitchSelection(*_op(*args, chosen))
+    return SwitchSelection(*_LAUNCH[chosen](*args))

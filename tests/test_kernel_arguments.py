@@ -1,0 +1,174 @@
+"""Arguments mean the same to every implementation, and so do refusals."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+from switchkd_kernels import (
+    _backend,
+    _native,
+    divergence_loss,
+    jsd,
+    linear_divergence_loss,
+    sample,
+    switch_select,
+    uniform,
+)
+
+ZEROS = torch.zeros(4, 6, device=DEVICE)
+KEY = {"seed": 1, "sequence_ids": torch.arange(4), "positions": 2}
+IMPLS = [
+    impl
+    for impl in ("reference", "cpu", "triton")
+    if impl == "reference" or _backend.refuses(impl, ZEROS) is None
+]
+every = pytest.mark.parametrize("impl", IMPLS)
+
+
+def draw(z, impl, **options):
+    return sample(z, impl=impl, **KEY | options)
+
+
+def select(z, impl, threshold=0.5, **options):
+    return switch_select(z, z, threshold, impl=impl, **KEY | options)
+
+
+def loss(z, impl, **options):
+    return divergence_loss(z, z, impl=impl, **options)
+
+
+def distance(z, impl, **options):
+    return jsd(z, z, impl=impl, **options)
+
+
+def linear(z, impl, **options):
+    return linear_divergence_loss(z, z, z, z, impl=impl, **options)
+
+
+DRAWS = [
+    ({"sequence_ids": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"\(4,\), got \(4, 1\)"),
+    ({"positions": [0, 1, 2]}, ValueError, r"positions must be a number or \(4,\), got \(3,\)"),
+    ({"positions": []}, ValueError, r"positions must be a number or \(4,\), got \(0,\)"),
+    ({"positions": range(3)}, ValueError, r"\(4,\), got \(3,\)"),
+    ({"sequence_ids": None}, TypeError, "sequence_ids must be a number or numbers, got NoneType"),
+    ({"sequence_ids": "ab"}, TypeError, "sequence_ids must be a number or numbers, got str"),
+    ({"sequence_ids": np.full(4, 0.5)}, TypeError, "must be integers, got torch.float64"),
+    ({"positions": 2**80}, TypeError, "positions must be a number or numbers, got int: "),
+    ({"positions": -1}, ValueError, "positions must be in .*, got -1"),
+    ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
+    ({"vocab_size": 3.0}, TypeError, "vocab_size must be an int, got float"),
+]
+BY_OP = [
+    *((op, *case) for op in (draw, select) for case in DRAWS),
+    (draw, {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    (draw, {"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+    (draw, {"top_p": None}, TypeError, "top_p must be a number, got NoneType"),
+    (draw, {"min_p": None}, TypeError, "min_p must be a number, got NoneType"),
+    (draw, {"stream": 1.0}, TypeError, "stream must be an int, got float"),
+    (draw, {"stream": 256}, ValueError, r"stream must be in \[0, 255\], got 256"),
+    (select, {"threshold": None}, TypeError, "threshold must be a number or numbers, got None"),
+    (select, {"threshold": [0.5] * 3}, ValueError, r"threshold must be .* \(4,\), got \(3,\)"),
+    (select, {"threshold": [math.nan] * 4}, ValueError, "threshold must be .*, got NaN"),
+    (select, {"teacher_temperature": None}, TypeError, "teacher_temperature must be a number"),
+    (select, {"student_token": [0, 1, 2, 6]}, ValueError, r"student_token must be in \[0, 6\)"),
+    (select, {"student_token": [[0]] * 4}, ValueError, r"student_token must be .*, got \(4, 1\)"),
+    *(
+        (op, {"mask": [True] * 4}, TypeError, "mask must be a tensor, got list")
+        for op in (loss, distance, linear)
+    ),
+    (loss, {"vocab_size": 3.0}, TypeError, "vocab_size must be an int, got float"),
+    (linear, {"labels": [0] * 4, "ce_weight": 1.0}, ValueError, r"shape \(4,\), got list"),
+    (linear, {"logit_scale": None}, TypeError, "logit_scale must be a number, got NoneType"),
+    *(
+        (op, change, error, message)
+        for op in (loss, linear)
+        for change, error, message in (
+            ({"beta": None}, TypeError, "beta must be a number, got NoneType"),
+            ({"alpha": 1e-8}, ValueError, "alpha must be at least 1e-4 from 0 and 1, .* got 1e-08"),
+            ({"alpha": 1 - 1e-9}, ValueError, "alpha must be at least 1e-4 from 0 and 1"),
+            ({"beta": 1e-46}, ValueError, "beta must be at least 1e-4 from .*, got 1e-46"),
+            ({"beta": 1 - 1e-5}, ValueError, "beta must be at least 1e-4 from 0 and 1"),
+        )
+    ),
+]
+
+
+@every
+@pytest.mark.parametrize(("op", "change", "error", "message"), BY_OP)
+def test_refusals(impl, op, change, error, message):
+    with pytest.raises(error, match=message):
+        op(ZEROS, impl, **change)
+
+
+@every
+@pytest.mark.parametrize("op", [draw, select, loss, distance, linear])
+def test_logits_that_are_no_tensors(impl, op):
+    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+        op(ZEROS.cpu().numpy(), impl)
+
+
+def test_streams_of_uniform_and_an_unknown_instruction_set(monkeypatch):
+    with pytest.raises(TypeError, match="stream must be an int, got float"):
+        uniform(0, 1, 2, 1.0)
+    monkeypatch.setenv("SWITCHKD_CPU", "foo")
+    with pytest.raises(ValueError, match="one of baseline, avx2, avx512, got 'foo'"):
+        _native.unavailable.__wrapped__()
+
+
+@every
+def test_whatever_holds_the_numbers(impl):
+    z = torch.randn(4, 6, device=DEVICE)
+    want = select(z, impl, 0.0), draw(z, impl)
+    for ids in (range(4), [0, 1, 2, 3], np.arange(4), np.arange(4, dtype=np.uint8)):
+        where = {"sequence_ids": ids, "positions": np.int64(2)}
+        got = select(z, impl, torch.zeros(1), **where), draw(z, impl, **where)
+        assert torch.equal(got[0].token, want[0].token) and torch.equal(got[1], want[1])
+    assert draw(z[:0], impl, sequence_ids=[], positions=[]).shape == (0,)
+
+
+@every
+@pytest.mark.parametrize("kind", ["skew_kl", "skew_reverse_kl", "generalized_jsd"])
+@pytest.mark.parametrize("weight", [1e-4, 1 - 1e-4])
+def test_the_weights_nearest_to_an_end(impl, kind, weight):
+    teacher, student = 3 * torch.randn(2, 20, 300, dtype=torch.float64, device=DEVICE)
+    student[::2, :150] = -math.inf
+
+    def run(impl, dtype):
+        z = student.to(dtype).requires_grad_()
+        value = divergence_loss(
+            teacher.to(dtype), z, kind=kind, alpha=weight, beta=weight, reduction="none", impl=impl
+        )
+        return value.detach().double(), torch.autograd.grad(value.sum(), z)[0]
+
+    (got, grad), (want, _) = run(impl, torch.float32), run("reference", torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+    assert grad.isfinite().all()
+
+
+def test_the_implementation_for_a_device_without_kernels():
+    nowhere = torch.zeros(2, 3, device="meta")
+    assert _backend.choose(None, nowhere) == "reference"
+    with pytest.raises(RuntimeError, match="'triton' cannot run: the tensors are on meta"):
+        _backend.choose("triton", nowhere)
+
+
+@pytest.mark.parametrize("op", [draw, select, loss])
+def test_compiled_the_chosen_implementation_runs(op, monkeypatch):
+    def refuse(*_args):
+        raise AssertionError("not the one that was asked for")
+
+    for name in ("sample", "switch_select", "divergence_loss"):
+        launch = importlib.import_module(f"switchkd_kernels.{name}")._LAUNCH
+        for other in ("cpu", "triton"):
+            monkeypatch.setitem(launch, other, (refuse, refuse) if name[0] == "d" else refuse)
+    torch._dynamo.reset()
+
+    def run(z):
+        return op(z, "reference", vocab_size=z.shape[1] - 1)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    got, want = compiled(ZEROS), run(ZEROS)
+    assert torch.equal(*(x[0] if isinstance(x, tuple) else x for x in (got, want)))
