@@ -186,13 +186,10 @@ class SwitchConfig(TrainingArguments):
         need("method", not sft, f"loss_type cross_entropy without a teacher, not {self.loss_type}")
         jsd = self.loss_type == "generalized_jsd"
         need("beta", self.beta is None or jsd, "no beta unless loss_type is generalized_jsd")
-        for name, ends, expected in (
-            ("skew_alpha", (0,), "[0, 1)"),
-            ("beta", (None, 0, 1), "[0, 1]"),
-        ):
-            value = getattr(self, name)  # the kernels need both a weight and 1 less it
-            ok = value in ends or 1e-4 <= value <= 1 - 1e-4
-            need(name, ok, f"a number in {expected}, 1e-4 from 0 and 1 if it is neither")
+        near = "a number in [0, 1{}; if neither 0 nor 1, at least 1e-4 from both"
+        for name, ends, bracket in (("skew_alpha", (0,), ")"), ("beta", (None, 0, 1), "]")):
+            value = getattr(self, name)  # the loss needs it and 1 less it
+            need(name, value in ends or 1e-4 <= value <= 1 - 1e-4, near.format(bracket))
         need("contrastive_weight", 0 <= self.contrastive_weight <= 2, "a number in [0, 2]")
         need("jsd_base", str(self.jsd_base) in ("2", "e"), "2 or e")
         rated = self.switch_schedule in RATES

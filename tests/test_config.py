@@ -117,7 +117,7 @@ def test_yaml_values_become_what_they_mean(tmp_path):
         ("max_train_rows: [1]", r"max_train_rows: got \[1\], expected an integer or null"),
         ("bf16: perhaps", "bf16: got 'perhaps', expected true or false"),
         ("torch_dtype: [a]", r"torch_dtype: got \['a'\], expected text"),
-        ("dtype: bf17", "dtype: got 'bf17', expected float32, bfloat16, float16 or auto"),
+        ("dtype: bf17", "dtype: got 'bf17', expected float32, bfloat16, float16, float64 or auto"),
         ("max_new_tokens: 4\nmax_completion_length: 4", "max_new_tokens and its alias"),
         ("template: alpacca", "template: got 'alpacca', expected one of auto, chat, alpaca, none"),
         ("lora_r: 8", "lora_r: got 8, expected use_peft true with it"),

@@ -163,7 +163,9 @@ def _decide(
     tl.store(value_ptr + 2 * rows + row, tl.where(valid, log_q, float("nan")))
 
 
-@triton.jit(do_not_specialize=["seed"])
+# Rows and splits change from round to round of a decoder, and would be compiled anew; slice_size is
+# always a multiple of BLOCK, which wide loads need to know.
+@triton.jit(do_not_specialize=["seed", "rows", "splits"])
 def _switch_select_kernel(
     teacher_ptr, student_ptr, threshold_ptr, id_ptr, position_ptr,  # in
     teacher_token_ptr, student_token_ptr,
@@ -269,7 +271,7 @@ def _launch(
                 seed, *with_inverse(teacher_temperature), *with_inverse(student_temperature),
                 *draws, "jsd" if scan and metric != "rank" else metric,
                 bits and metric == "jsd" and not scan,
-                PHASE=phase, SPLITS=1 if scan else triton.next_power_of_2(splits),
+                PHASE=phase, SPLITS=backend.MOST_SPLITS if phase == "decide" else 1,
                 BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
                 **backend.at_most(registers, device),
             )  # fmt: skip
