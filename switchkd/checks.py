@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from switchkd.config import SwitchConfig
@@ -28,6 +29,17 @@ def check_arguments(model, args, others: dict) -> None:
             )
     if model is None:
         raise ValueError("model: got None, expected a causal language model, its Hub id or folder")
+
+
+def notes(args: SwitchConfig) -> list[str]:
+    """What works, and may not be what is wanted."""
+    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if not (args.bf16 and args.device.type == "cpu" and narrow):
+        return []
+    return [
+        "bf16: without AVX-512 this processor multiplies bfloat16 several times more slowly than "
+        "float32; faster: bf16 false, teacher_dtype float32, no rollout_dtype"
+    ]
 
 
 def check_trained(student: nn.Module, teacher: nn.Module | None) -> None:

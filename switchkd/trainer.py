@@ -96,8 +96,9 @@ class SwitchTrainer(RolloutTrainer):
         self.vocabulary = models.share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
-        for note in self.vocabulary.notes if args.process_index == 0 else ():
-            log.warning("note: %s", note)
+        if args.process_index == 0:
+            for note in (*self.vocabulary.notes, *checks.notes(args)):
+                log.warning("note: %s", note)
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:
                 models.check_weights(checked, role)

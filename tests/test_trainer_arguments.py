@@ -93,3 +93,13 @@ def test_what_the_models_do_not_share_is_told_once(tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records if r.name == "switchkd.trainer"]
     assert told == [f"note: {note}" for note in trainer.vocabulary.notes]
     assert any("padded" in note or "smaller" in note for note in told)
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "said"),
+    [("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False)],
+)
+def test_slow_bfloat16_is_said(tmp_path, monkeypatch, caplog, capability, bf16, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    make(tmp_path, bf16=bf16)
+    assert ("multiplies bfloat16 several times more slowly" in caplog.text) is said
