@@ -34,6 +34,7 @@ SCHEDULES = {
 LOSSES = {
     "KL(p‖q)": dict(loss_type="kl_teacher_student"),
     "KL(q‖p)": dict(loss_type="kl_student_teacher"),
+    # The paper's 0.9 as the teacher's weight; in DistiLLM's code it is the student's: beta 0.1.
     "GJSD 0.9": dict(loss_type="generalized_jsd", beta=0.9),
     "SRKL 0.1": dict(),
 }
