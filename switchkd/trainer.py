@@ -333,7 +333,7 @@ class SwitchTrainer(RolloutTrainer):
         return result
 
     def predict(self, *_args, **_kwargs):
-        raise NotImplementedError(
+        raise TypeError(  # Trainer's would return logits, which are never held
             "predict: expected evaluate(rows) for scores, or switchkd.metrics.generate for texts"
         )
 

@@ -87,10 +87,10 @@ BY_OP = [
         for op in (loss, linear)
         for change, error, message in (
             ({"beta": None}, TypeError, "beta must be a number, got NoneType"),
-            ({"alpha": 1e-8}, ValueError, "alpha must be at least 1e-4 from 0 and 1, .* got 1e-08"),
-            ({"alpha": 1 - 1e-9}, ValueError, "alpha must be at least 1e-4 from 0 and 1"),
-            ({"beta": 1e-46}, ValueError, "beta must be at least 1e-4 from .*, got 1e-46"),
-            ({"beta": 1 - 1e-5}, ValueError, "beta must be at least 1e-4 from 0 and 1"),
+            ({"alpha": 1e-8}, ValueError, "alpha must be at least 1e-04 from .*, got 1e-08"),
+            ({"alpha": 1 - 1e-9}, ValueError, "alpha must be at least 1e-04 from 0 and 1"),
+            ({"beta": 1e-46}, ValueError, "beta must be at least 1e-04 from .*, got 1e-46"),
+            ({"beta": 1 - 1e-5}, ValueError, "beta must be at least 1e-04 from 0 and 1"),
         )
     ),
 ]

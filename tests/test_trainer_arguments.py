@@ -77,7 +77,7 @@ def test_evaluate_takes_rows_in_any_form(tmp_path):
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="eval_dataset: got None"):
         trainer.evaluate()
-    with pytest.raises(NotImplementedError, match="predict: expected evaluate"):
+    with pytest.raises(TypeError, match="predict: expected evaluate"):
         trainer.predict(ROWS)
 
 

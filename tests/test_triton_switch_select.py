@@ -333,7 +333,7 @@ def test_programs_a_row_no_rows_and_repeated_calls(cut, monkeypatch):
     assert [kernel._splits(*shape, None) for shape in shapes] == [128, 75, 33, 1]
 
 
-@settings(max_examples=20 if ON_CPU else 40, deadline=None, derandomize=True)
+@settings(max_examples=20 if ON_CPU else 200, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 2), V=st.integers(1, 40), dtype=st.sampled_from([F32, BF16, F16]),
     spread=st.sampled_from([0, 1e-3, 1, 30]), holes=st.sampled_from([0, 0.5, 1]),

@@ -376,5 +376,6 @@ def divergence_loss(
             teacher_logits, student_logits,
             kind=kind, alpha=alpha, beta=beta, detach_mixture=detach_mixture, **options,
         )  # fmt: skip
-    form = form_of(kind, alpha, beta, detach_mixture)
+    dtype = check.compute_dtype(teacher_logits, student_logits)
+    form = form_of(kind, alpha, beta, detach_mixture, dtype)
     return _rows(chosen, teacher_logits, student_logits, form, **options)

@@ -195,6 +195,7 @@ def divergence_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """`switchkd_kernels.divergence_loss`; raises InvalidLogits with model and row."""
-    form = form_of(kind, alpha, beta, detach_mixture)
+    dtype = check.compute_dtype(teacher_logits, student_logits)
+    form = form_of(kind, alpha, beta, detach_mixture, dtype)
     nats, rows = _nats(teacher_logits, student_logits, form, mask, vocab_size, reduction)
     return rows.reduce(nats, reduction)
