@@ -338,7 +338,8 @@ def linear_divergence_loss(
     elif not isinstance(labels, Tensor) or labels.shape != shape:
         got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"ce_weight {ce_weight} needs labels of shape {tuple(shape)}, got {got}")
-    form = Form(kind) if alone else form_of(kind, alpha, beta, detach_mixture, product_dtype)
+    dtype = product_dtype or check.compute_dtype(student_hidden)
+    form = Form(kind) if alone else form_of(kind, alpha, beta, detach_mixture, dtype)
     options = Options(
         *form, size, logit_scale, softcap or 0.0, ce_weight, chunk_size, product_dtype, chosen
     )
