@@ -37,7 +37,8 @@ def check_close(got, reference, truth, *, what, tiny=1e-6, scale=0.0) -> float:
     """Asserts error(got) <= 2 max error(reference) + tiny for every row; returns max error(got).
 
     An error is relative to `truth`, in float64: of each value (up to one dimension) or, in the L2
-    norm, of the last dimension; rows whose norm is below `scale` are measured against that.
+    norm, of the last dimension; rows whose norm is below `scale`, a number or one a row, are
+    measured against that.
     `reference` is the plain torch op in the dtype of `got`. Infinite or NaN truth must be met.
     """
     if not got.shape == reference.shape == truth.shape:

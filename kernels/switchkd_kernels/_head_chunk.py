@@ -63,23 +63,20 @@ def _loss_and_gradient_kernel(
     label = -1
     if HAS_LABEL:
         label = tl.load(label_ptr + row).to(tl.int32)
-        _teacher, mine = load_pair(pair, label, V, HEAD, False, 1)
+        _teacher, mine, _slope = load_pair(pair, label, V, HEAD, False, 1)
         loss -= ce_weight * tl.sum((mine - student[0]) - tl.log(student[1]), 0)
     tl.store(loss_ptr + row, loss)
     if NEEDS_GRAD:
         if HAS_LABEL:
             tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
         for first in tl.range(0, V, BLOCK):
-            _, u, q, z = terms_block(
+            _, u, q, slope = terms_block(
                 pair, first, V, relation, weight, KIND, DETACH, HEAD, EVEN, BLOCK
             )
             cols = first + tl.arange(0, BLOCK)
             grad = u - q * total + ce_weight * tl.where(cols == label, q - 1.0, q)
-            if HEAD & 8:
-                share = z * (1.0 / cap)
-                grad *= 1.0 - share * share
-            if HEAD & 4:
-                grad *= scale
+            if HEAD & 12:
+                grad *= slope
             grad = grad.to(student_row.dtype.element_ty)
             if first + BLOCK <= V:
                 tl.store(student_row + cols, grad)

@@ -247,17 +247,17 @@ def load_block(row_ptr, first, end, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_pair(pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of (teacher, student) logits, as `load_block`. pair: the two row pointers; where
-    HEAD is not 0 they point at h W^T, and two bias pointers, a scale and a cap follow:
-    z = cap tanh(scale (h W^T + b) / cap). HEAD is a sum: teacher bias 1, student bias 2, scale 4,
-    cap 8, no teacher 16."""
+    """A block of (teacher, student) logits, as `load_block`, and the slope of the student's. pair:
+    the two row pointers; where HEAD is not 0 they point at h W^T, and two bias pointers, a scale
+    and a cap follow: z = cap tanh(scale (h W^T + b) / cap), slope = dz / d(h W^T). HEAD is a sum:
+    teacher bias 1, student bias 2, scale 4, cap 8, no teacher 16."""
     if EVEN:
-        zt, zs = _load_both(pair, first, end, HEAD, True, True, BLOCK)
+        zt, zs, slope = _load_both(pair, first, end, HEAD, True, True, BLOCK)
     elif first + BLOCK <= end:
-        zt, zs = _load_both(pair, first, end, HEAD, False, False, BLOCK)
+        zt, zs, slope = _load_both(pair, first, end, HEAD, False, False, BLOCK)
     else:
-        zt, zs = _load_both(pair, first, end, HEAD, False, True, BLOCK)
-    return zt, zs
+        zt, zs, slope = _load_both(pair, first, end, HEAD, False, True, BLOCK)
+    return zt, zs, slope
 
 
 @triton.jit
@@ -265,11 +265,11 @@ def _load_both(
     pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    zs = _head_logits(pair, 1, first, end, HEAD, EVEN, MASKED, BLOCK)
+    zs, slope = _head_logits(pair, 1, first, end, HEAD, EVEN, MASKED, BLOCK)
     zt = zs
     if not HEAD & 16:
-        zt = _head_logits(pair, 0, first, end, HEAD, EVEN, MASKED, BLOCK)
-    return zt, zs
+        zt, _slope = _head_logits(pair, 0, first, end, HEAD, EVEN, MASKED, BLOCK)
+    return zt, zs, slope
 
 
 @triton.jit
@@ -283,15 +283,21 @@ def _head_logits(
         z = _load(pair[SIDE], first, end, float("-inf"), MASKED, BLOCK)
     if HEAD & (1 << SIDE):
         z += _load(pair[2 + SIDE], first, end, 0.0, MASKED, BLOCK)
+    slope = tl.full((), 1.0, tl.float32)
     if HEAD & 4:
         z *= pair[4]
-    if HEAD & 8:
-        t = expm1(tl.abs(z) * (-2.0 / pair[5]))
-        root = tl.rsqrt(2.0 + t)  # its square: cheaper than a division
-        z = pair[5] * (tl.where(z < 0.0, t, -t) * root * root)
+        slope = pair[4]
+    if HEAD & 8:  # tanh |x| = -t / (2 + t), t = e^(-2 |x|) - 1, and its slope 4 (1 + t) / (2 + t)^2
+        x = tl.abs(z) * (-2.0 / pair[5])
+        t = expm1(x)
+        root = tl.rsqrt(2.0 + t)  # its square, with a step of Newton's: cheaper than a division
+        inverse = root * root
+        inverse = tl.fma(inverse, tl.fma(-2.0 - t, inverse, 1.0), inverse)
+        slope *= 4.0 * exp(x) * (inverse * inverse)  # 1 - tanh^2 would cancel
+        z = pair[5] * (tl.where(z < 0.0, t, -t) * inverse)
         if MASKED:  # the cap has made -inf finite
             z = tl.where(first + tl.arange(0, BLOCK) < end, z, float("-inf"))
-    return z
+    return z, slope
 
 
 @triton.jit

@@ -21,12 +21,12 @@ def compare(zt, zs, pair):
 
     d is the difference of the logits, less that of the maxima, with which an offset of one model
     goes, though not the digits it has cost, less the log of the ratio of the sums, which errs by
-    about one rounding.
+    about one rounding. By `fma` the logarithms are rounded once, wherever they are computed.
     """
     t_top, t_log, s_top, log_ratio = pair
     d = ((zs - zt) - (s_top - t_top)) - log_ratio
-    log_p = (zt - t_top) * 1.4426950408889634 - t_log
-    log_q = (zs - s_top) * 1.4426950408889634 - (t_log + log_ratio * 1.4426950408889634)
+    log_p = tl.fma(zt - t_top, 1.4426950408889634, -t_log)
+    log_q = tl.fma(zs - s_top, 1.4426950408889634, -(t_log + log_ratio * 1.4426950408889634))
     return log_p, log_q, d
 
 

@@ -42,7 +42,7 @@ def softmaxes(
     """First sweep: (maximum, sum of exponentials) of either row."""
     teacher, student = softmax_start(BLOCK, GROUP), softmax_start(BLOCK, GROUP)
     for first in tl.range(0, V, BLOCK):
-        zt, zs = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+        zt, zs, _slope = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
         teacher, student = softmax_step(zt, teacher, GROUP), softmax_step(zs, student, GROUP)
     return softmax_end(teacher), softmax_end(student)
 
@@ -53,11 +53,11 @@ def terms_block(
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one block: terms of L, u, q and the student's logits."""
-    zt, zs = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+    """Of one block: terms of L, u, q and the slope of the student's logits."""
+    zt, zs, slope = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
     log_p, log_q, d = compare(zt, zs, relation)
     value, u, q = divergence_terms(log_p, log_q, d, weight, KIND, DETACH)
-    return value, u, q, zs
+    return value, u, q, slope
 
 
 @triton.jit

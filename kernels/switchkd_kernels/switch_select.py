@@ -69,7 +69,7 @@ def _scan(
     t_best = float("-inf"), start * 0
     s_best = float("-inf"), start * 0
     for first in tl.range(start, end, BLOCK):
-        zt, zs = load_pair(pair, first, V, 0, EVEN, BLOCK)
+        zt, zs, _slope = load_pair(pair, first, V, 0, EVEN, BLOCK)
         t_top, s_top = t_lanes[0], s_lanes[0]
         t_lanes, s_lanes = softmax_step(zt, t_lanes, GROUP), softmax_step(zs, s_lanes, GROUP)
         if DRAW_T == 1:
@@ -120,7 +120,7 @@ def _measure(
         if METRIC == "rank":
             terms += (load_block(pair[0], first, V, EVEN, BLOCK) > rival).to(tl.float32)
         else:
-            zt, zs = load_pair(pair, first, V, 0, EVEN, BLOCK)
+            zt, zs, _slope = load_pair(pair, first, V, 0, EVEN, BLOCK)
             log_p, log_q, d = compare(zt, zs, relation)
             if METRIC == "kl":
                 terms += kl_terms(tl.exp2(log_p), tl.exp2(log_q), tl.minimum(d, 100.0))
