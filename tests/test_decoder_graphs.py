@@ -16,20 +16,16 @@ def test_graphs_write_what_calls_write(monkeypatch):
     """With what a graph does to memory: fixed places for what goes in, and what comes out is lost
     at the next replay of any graph. Batches and lengths are padded as for graphs."""
     teacher, student = pair()
-    outputs = []
 
-    def capture(self, function, places):
-        mine = [x.clone() for x in function(*places)]
-        outputs.append(mine)
-
+    def capture(self, work):
         def replay():
-            for other in (x for entry in outputs for x in entry):
-                other.fill_(float("nan") if other.is_floating_point() else 3)
-            for place, value in zip(mine, function(*places), strict=True):
-                place.copy_(value)
+            for flat in self.memory.values():
+                flat.fill_(float("nan") if flat.is_floating_point() else 3)
+            work()
 
-        return replay, places, mine
+        return replay
 
+    monkeypatch.setattr(graphs.Graphs, "warm_up", lambda self, function, places: function(*places))
     monkeypatch.setattr(graphs.Graphs, "capture", capture)
     monkeypatch.setattr(graphs, "REACH", 8)
     for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3)):
@@ -45,6 +41,10 @@ def test_graphs_write_what_calls_write(monkeypatch):
                 assert_same(got, want)
                 kinds = len(kept.graphs.captured)
             assert len(kept.graphs.captured) == kinds > 0
+            all_outputs = [outputs for _, _, outputs in kept.graphs.captured.values()]
+            for (number, _dtype), flat in kept.graphs.memory.items():  # no graph has its own
+                sizes = [len(x[number].flatten()) for x in all_outputs if len(x) > number]
+                assert len(sizes) > 1 and len(flat) < 2 * max(sizes)
 
 
 @pytest.mark.gpu
