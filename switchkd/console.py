@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
+import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +16,7 @@ from transformers import TrainerCallback
 from switchkd.checkpoint import checkpoint_step
 
 TEACHER_STYLE = "black on bright_yellow"
+ECHO = 1.0  # seconds in which a launcher passes on the signal that the terminal gave all processes
 
 
 def print_completion(tokenizer, record: dict, console: Console | None = None) -> None:
@@ -74,23 +78,34 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
 
 
 class GracefulStop(TrainerCallback):
-    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; twice stops at once."""
+    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; twice stops at once.
 
-    def __init__(self):
-        self.requested, self.saved = False, None
+    Processes get the signal in different steps, or only some of them: after each they agree.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.requested, self.stopping, self.saved = quiet, None, False, None
 
     def install(self) -> None:
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, self._handle)
 
     def _handle(self, sig, frame):
-        if self.requested:
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested = now
+            if not self.quiet:
+                text = "stopping after this step and saving; once more to stop at once"
+                print(f"\n{text}", flush=True)
+        elif now - self.requested > ECHO:
             raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step and saving; once more to stop at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested and state.global_step < state.max_steps:
+        asked = self.requested is not None
+        if args.world_size > 1:
+            asked = bool(reduce(torch.tensor(float(asked), device=args.device)))
+        self.stopping = asked and state.global_step < state.max_steps
+        if self.stopping:
             control.should_training_stop = True
             if args.save_total_limit == 1:  # Trainer would end by deleting all but the best
                 args.save_total_limit = 2
@@ -100,6 +115,6 @@ class GracefulStop(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Trainer ends the epoch at a stop, too. In its middle, no validation is due."""
-        if self.requested and control.should_training_stop and state.global_step < state.max_steps:
+        if self.stopping:
             control.should_evaluate &= state.epoch % 1 == 0
             control.should_save = control.should_evaluate or self.saved != state.global_step

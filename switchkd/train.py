@@ -110,7 +110,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         rollouts = "no rollouts"
     console.print(f"{sizes}; {rollouts}")
 
-    stop = GracefulStop()
+    stop = GracefulStop(quiet=config.process_index > 0)
     stop.install()
     trainer.add_callback(stop)
     if resume is not None:
@@ -119,7 +119,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
     trainer.start_clock()
     trainer.train(resume_from_checkpoint=resume)
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+    if stop.stopping:
         console.print(
             f"stopped at step {trainer.state.global_step}; continue with "
             f"--resume_from_checkpoint last --output_dir {config.output_dir}"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import byte_tokenizer, tiny_model
 from safetensors.torch import load_file
@@ -69,13 +70,15 @@ class Setup:
         return main(self.argv(name, **changes))
 
     def start(self, name: str, launcher: tuple = (), **changes) -> subprocess.Popen:
+        """A training in processes of a group of their own, as those of a terminal are."""
         python = [sys.executable, "-m", *launcher]
         command = [*python, "switchkd.train", *self.argv(name, **changes)]
         roots = [str(Path(__file__).parent.parent / part) for part in (".", "kernels")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     def assert_same_as_whole(self, name: str):
         """Weights, tokens and losses, bit for bit."""
@@ -149,13 +152,12 @@ def test_ctrl_c_saves_and_resume_is_bit_exact(setup):
     setup.assert_same_as_whole("stopped")
 
 
-def test_two_processes_train_as_one(setup):
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    changes = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
-    process = setup.start("two", launcher, **changes)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    one, two = (setup.folder / name for name in ("whole", "two"))
+TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+HALF = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+
+
+def assert_about_the_same(one: Path, two: Path):
+    """Tokens bit for bit, losses as far as sums over two processes leave them equal."""
 
     def written(folder):
         lines = (json.loads(line) for line in (folder / "completions.jsonl").open())
@@ -164,6 +166,39 @@ def test_two_processes_train_as_one(setup):
     assert written(one) == written(two)
     for step, values in losses(one).items():
         assert losses(two)[step] == pytest.approx(values, rel=1e-4)
+
+
+def test_two_processes_train_as_one(setup):
+    process = setup.start("two", TWO, **HALF)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert_about_the_same(setup.folder / "whole", setup.folder / "two")
+
+
+def test_ctrl_c_reaches_two_processes_and_their_launcher(setup):
+    """The launcher hands on what the terminal has sent to all: each process gets it twice."""
+    process = setup.start("two-stopped", TWO, **HALF)
+    wait_for_step(process, setup.folder / "two-stopped", 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("stopping after this step and saving") == 1, output
+    assert output.count("continue with --resume_from_checkpoint last") == 1, output
+    assert "stopped at once" not in output
+    checkpoint = last_checkpoint(setup.folder / "two-stopped")
+    assert checkpoint is not None and not checkpoint.endswith("-8")
+    assert setup.run("two-stopped", resume_from_checkpoint="last") == 0
+    assert_about_the_same(setup.folder / "whole", setup.folder / "two-stopped")
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(setup):
+    process = setup.start("one-of-two", TWO, **HALF)
+    wait_for_step(process, setup.folder / "one-of-two", 3)
+    second = [p for p in psutil.Process(process.pid).children() if "switchkd.train" in p.cmdline()]
+    second[-1].send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("continue with --resume_from_checkpoint last") == 1, output
+    checkpoint = last_checkpoint(setup.folder / "one-of-two")
+    assert checkpoint is not None and not checkpoint.endswith("-8")
 
 
 def test_a_checkpoint_cut_off_while_saving_is_passed_over(setup, capsys):

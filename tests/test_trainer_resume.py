@@ -24,7 +24,8 @@ class StopIn(GracefulStop):
         self.step, self.saves = step, []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.requested |= state.global_step == self.step - 1
+        if state.global_step == self.step - 1:
+            self._handle(None, None)
 
     def on_save(self, args, state, control, **kwargs):
         super().on_save(args, state, control, **kwargs)
