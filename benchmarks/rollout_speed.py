@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from rich.table import Table
 
 from benchmarks import rollout_pairs as pairs
 from benchmarks.rollout_meter import Meter, NoCache, generate, weight_bytes
-from benchmarks.timing import Timer, copy_ceiling, dtype_name, flat, open_device, save
+from benchmarks.timing import Timer, commit, copy_ceiling, dtype_name, flat, open_device, save
 from switchkd.cache import position_bytes
 from switchkd.config import POLICIES, SwitchConfig
 from switchkd.decoder import rollout
@@ -70,17 +69,13 @@ class Bench:
         )
         self.policy, self.sampling = config.policy(), config.sampling()
         cuda = device.type == "cuda"
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True,
-        )  # fmt: skip
         self.shared = {
             "max_new_tokens": args.max_new_tokens,
             "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "commit": commit.stdout.strip() or "unknown",
+            "commit": commit(),
             "copy_gbps": self.bandwidth / 1e9,
         }
 

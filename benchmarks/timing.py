@@ -89,11 +89,13 @@ def describe(device: torch.device) -> str:
         from triton import __version__ as triton
     except Exception:  # also a broken installation
         triton = "none"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    return f"{name}, torch {torch.__version__}, triton {triton}, {commit or 'unknown commit'}"
+    return f"{name}, torch {torch.__version__}, triton {triton}, {commit()}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown commit"
 
 
 class Times(NamedTuple):
@@ -189,17 +191,23 @@ class Timer:
 def _resident_peak_mb(run: Callable[[], object]) -> float | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would be used unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_resident_peak()
     except (OSError, AttributeError):
         return None
-
-    def status(field: str) -> int:  # in KiB
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-    before = status("VmRSS")
+    before = resident("VmRSS")
     run()
-    return max(0, status("VmHWM") - before) / 2**10
+    return max(0, resident("VmHWM") - before) / 2**20
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since the last call of
+    `forget_resident_peak`. OSError where there is no /proc."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def forget_resident_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
 
 
 def captured(run: Callable, args: tuple) -> Callable[[], None]:

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from benchmarks.rollout_pairs import Pair
+from benchmarks.timing import forget_resident_peak, resident
 from switchkd.config import SwitchConfig
 from switchkd.data import Example, Report, Row, Rows
 from switchkd.trainer import SwitchTrainer
@@ -106,17 +106,17 @@ def give_back_memory() -> None:
 
 def peak_bytes(device: torch.device) -> int | None:
     """The most memory in use since the last call: allocated on a GPU, resident of the process on
-    Linux (clear_refs in proc(5)); None where no one counts it."""
+    Linux; None where no one counts it."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        peak = resident("VmHWM")
+        forget_resident_peak()
     except OSError:
         return None
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return peak
 
 
 class Timed:

@@ -49,6 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="steps of distillation")
     parser.add_argument("--sft_steps", type=int, help="steps of tuning before it")
     parser.add_argument("--teacher", help="another teacher than the scale's")
+    why = "for processors that are slow in bfloat16"
+    parser.add_argument("--float32", action="store_true", help=why)
     parser.add_argument("--dataset_name", default="embedded", help=".jsonl file or Hub id")
     parser.add_argument("--eval_dataset_name", default="embedded")
     parser.add_argument("--eval_size", type=int, default=400, help="rows that are evaluated on")

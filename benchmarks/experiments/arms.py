@@ -48,12 +48,11 @@ LOSSES = {
 def sizes(scale) -> dict:
     """(e) Table 1 over sizes, and an open question: a teacher no larger than the student."""
     arms = {}
-    below = [size for size in scale.layers if size != "1/1"]
     for rollouts, policy in (("student", "student"), ("SWITCH", "switch")):
-        for size in below:
+        for size in scale.sizes:
             arms[f"student {size} of teacher, {rollouts}"] = dict(rollout_policy=policy, size=size)
-        smaller = dict(rollout_policy=policy, size=below[0], teacher_size=below[-1])
-        arms[f"student {below[0]}, teacher {below[-1]}, {rollouts}"] = smaller
-        equal = dict(rollout_policy=policy, size=below[0], teacher_size=below[0])
-        arms[f"student {below[0]}, teacher {below[0]}, {rollouts}"] = equal
+        large, small = scale.sizes[0], scale.sizes[-1]
+        for teacher in (small, large):
+            options = dict(rollout_policy=policy, size=large, teacher_size=teacher)
+            arms[f"student {large}, teacher {teacher}, {rollouts}"] = options
     return arms

@@ -39,6 +39,7 @@ class Scale:
     teacher: str
     layers: Mapping[str, str]  # by the size of the student relative to the teacher
     student: str  # the size of most experiments
+    sizes: Sequence[str]  # of students in the experiment about sizes, the largest first
     sft_steps: int  # every student is tuned on the data first, as the paper does
     steps: int
     options: Mapping[str, object]
@@ -47,8 +48,9 @@ class Scale:
 SCALES = {
     "embedded": Scale(
         teacher="embedded",
-        layers={"1/1": "0-5", "1/2": "0,3,5", "1/3": "0,5", "1/6": "0"},
+        layers={"1/2": "0,3,5", "1/3": "0,5", "1/6": "0"},
         student="1/6",
+        sizes=("1/2", "1/3", "1/6"),
         sft_steps=60,
         steps=80,
         options=dict(
@@ -66,8 +68,14 @@ SCALES = {
     ),
     "smollm2": Scale(  # tuned by examples/smollm2_sft.yaml first
         teacher="runs/smollm2-teacher",
-        layers={"1/1": "0-29", "4/5": "0-11,18-29", "1/2": "0-7,22-28", "1/4": "0-3,26-29"},
+        layers={
+            "4/5": "0-11,18-29",
+            "1/2": "0-7,22-28",
+            "1/4": "0-3,26-29",
+            "1/8": "0-1,28-29",
+        },
         student="4/5",
+        sizes=("1/2", "1/4", "1/8"),
         sft_steps=20,
         steps=60,
         options=dict(
@@ -110,6 +118,8 @@ class Runs:
             disable_tqdm=True,
             report_to="none",
         )
+        if args.float32:
+            self.common |= dict(dtype="float32", teacher_dtype="float32", bf16=False)
 
     def student(self, size: str, seed: int) -> dict:
         """Options of the supervised run that a student of this size starts from."""
@@ -152,7 +162,8 @@ class Runs:
         """All seeds of all arms: first the students they start from, then the runs themselves."""
         arms = list(arms)
         default = self.scale.student
-        sizes = {arm.get(name, default) for arm in arms for name in ("size", "teacher_size")}
+        sizes = {arm.get("size", default) for arm in arms}
+        sizes |= {arm["teacher_size"] for arm in arms if "teacher_size" in arm}
         starts = [self.student(size, seed) for size in sorted(sizes) for seed in self.seeds]
         self._train_all(starts, "students to start from")
         self._train_all([self.distilled(a, seed) for a in arms for seed in self.seeds], "runs")
