@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from switchkd import calibration
@@ -164,6 +165,9 @@ class SwitchConfig(TrainingArguments):
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments wants to be told before it allows bf16 there
+        sizes = [f"{name}_SIZE" for name in ("WORLD", "PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")]
+        if get_int_from_env(sizes, 1) == 1:
+            self.ddp_backend = None  # accelerate would look for the other processes
         self._check()
         check_launch(deepspeed=self.deepspeed)
         super().__post_init__()

@@ -310,6 +310,10 @@ def test_fsdp_of_the_trainer_must_be_version_2(monkeypatch):
     assert config(fsdp=True).fsdp_plugin_args["fsdp_version"] == 2
 
 
+def test_a_backend_for_processes_does_not_matter_to_one(tmp_path):
+    assert SwitchConfig(output_dir=tmp_path, ddp_backend="gloo").process_index == 0
+
+
 def test_accelerate_configurations_launch_what_they_say(monkeypatch):
     """Through accelerate's own reading of them, into the environment that a process sees."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
