@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from switchkd.attention import without_cudnn
 from switchkd.cache import capacity_for
 from switchkd.engine import Engine
+from switchkd.ngrams import without_repeats
 from switchkd.padding import by_length
 from switchkd.policies import Policy, Student
 from switchkd.rollout import (
     Rollout,
     Sampling,
     check_lengths,
+    check_models,
     check_request,
     without_comparison,
     written_by,
@@ -85,18 +87,24 @@ class _Decoder:
         if rows > n:
             tokens = torch.cat([tokens, tokens.new_zeros(rows - n, tokens.shape[1])])
 
-        def step(tokens: Tensor, length: Tensor, prompt: Tensor, sequence: Tensor):
+        def step(tokens: Tensor, length: Tensor, prompt: Tensor, sequence: Tensor, *text: Tensor):
             hidden = model.feed(tokens, length, reach)
             logits = model.logits(hidden)
             if not draw:
                 return logits, hidden
-            return logits, hidden, self.draw(role, logits[:, -1], length - prompt, sequence)
+            allowed = logits[:, -1]
+            if text:
+                size = self.sampling.no_repeat_ngram
+                allowed = without_repeats(allowed, *text, length + 1, size)
+            return logits, hidden, self.draw(role, allowed, length - prompt, sequence)
 
         # A guess may come from anywhere; SKD's teacher guesses what the student would write.
         length = column["length"] + more
         self.asked = lambda row: (row, length[row] - column["prompt"][row])
         kind = (role, reach, draw, self.sampling, self.vocab_size)
-        out = self.graphs.call(kind, step, tokens, length, column["prompt"], column["sequence"])
+        text = () if slots.text is None else (slots.text[:rows],)
+        given = tokens, length, column["prompt"], column["sequence"], *text
+        out = self.graphs.call(kind, step, *given)
         return tuple(x[:n] for x in out)
 
     def draft(self, role: str, count: int):
@@ -260,8 +268,7 @@ class _Decoder:
         if self.history is not None:
             strays = self.history[slots.job[:, None], positions] != chosen.token
             looks["strays"] = (strays & kept).any(1)
-        slots.last.copy_(chosen.token.gather(1, last)[:, 0])
-        slots.length.add_(gained)
+        slots.accept(chosen.token, gained)
         return self.settle(looks, drafter, k, only, place)
 
     def settle(self, looks: dict, drafter: str, k: int, only: str | None, place: float):
@@ -326,8 +333,7 @@ def rollout(
     and where not one row fits into memory.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
-    if teacher is None and policy.needs_teacher:
-        raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
+    check_models(teacher, policy, sampling)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     if history is not None and len(history) != len(prompts):
@@ -346,7 +352,8 @@ def rollout(
     start, device = time.perf_counter(), student.device
     capacity = capacity_for(max(map(len, prompts)), max_new_tokens, max(engine.planner.blocks))
     count = engine.prepare(min(batch_size or len(prompts), len(prompts)), capacity)
-    slots = Slots(engine.slots, policy, device)
+    text = engine.capacity + 1 if sampling.no_repeat_ngram else 0
+    slots = Slots(engine.slots, policy, device, text)
     record = Record(len(prompts), max_new_tokens, pad_token_id, device)
     earlier = [list(tokens or ())[:max_new_tokens] for tokens in history or ()]
     decoder = _Decoder(

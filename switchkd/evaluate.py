@@ -145,6 +145,7 @@ def evaluate_set(
     """Scores of one set, for each metric its mean and deviation over the seeds, and each seed's;
     and the responses of each seed."""
     references = [row.example.references for row in rows]
+    drawn = {"student_temperature": args.temperature, "no_repeat_ngram": args.no_repeat_ngram_size}
     responses = []
     with tqdm(total=len(rows) * len(args.seeds), desc=name, unit="row") as bar:
         for seed in args.seeds:
@@ -154,7 +155,7 @@ def evaluate_set(
                 rows,
                 tokenizer,
                 vocabulary,
-                Sampling(seed=seed, student_temperature=args.temperature),
+                Sampling(seed=seed, **drawn),
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
                 engine=engine,
@@ -195,7 +196,8 @@ def begin(args: EvalArguments) -> dict:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         results = {key: results[key] for key in ("settings", "sets", "models")}
-        before = {name: results["settings"][name] for name in SETTINGS}
+        before = {"no_repeat_ngram_size": 0} | results["settings"]  # files of before it was one
+        before = {name: before[name] for name in SETTINGS}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"json: {path} holds something else; expected a new file") from None
     for name, value in settings.items():
@@ -204,7 +206,7 @@ def begin(args: EvalArguments) -> dict:
                 f"json: {path} holds results with {name} {before[name]}, got {value}; expected "
                 "equal settings, another file, or --overwrite true"
             )
-    return results
+    return results | {"settings": settings}
 
 
 def write(path: str, text: str) -> None:

@@ -56,6 +56,9 @@ class EvalArguments:
     data: list[str] = option("More sets, each FILE.jsonl or a Hub id, or NAME= and one.", [])
     seeds: list[int] = option("Sampling seeds.", [10, 20, 30, 40, 50])
     temperature: float = option("Sampling temperature.", 1.0)
+    no_repeat_ngram_size: int = option(
+        "No n-gram of so many tokens twice, prompt included (0: off; DistiLLM evaluates with 6).", 0
+    )
     split: str | None = option(
         f"Split of Hub data; by default the first that there is of {', '.join(EVALUATED)}."
     )
@@ -90,10 +93,19 @@ class EvalArguments:
             value = getattr(self, name)
             need(name, value is None or value >= 1, "an integer >= 1")
         need("temperature", self.temperature >= 0, "a number >= 0")
+        need("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "an integer >= 0")
         need("template", self.template in TEMPLATES, f"one of {', '.join(TEMPLATES)}")
 
 
-SETTINGS = ("seeds", "temperature", "limit", "max_new_tokens", "max_prompt_length", "template")
+SETTINGS = (
+    "seeds",
+    "temperature",
+    "no_repeat_ngram_size",
+    "limit",
+    "max_new_tokens",
+    "max_prompt_length",
+    "template",
+)
 
 
 def find_sets(args: EvalArguments) -> dict[str, Source]:

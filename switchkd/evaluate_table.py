@@ -56,11 +56,12 @@ def rows_of(results: dict) -> tuple[list[str], list[list[str]], list[list[str]]]
 
 def caption(results: dict) -> str:
     settings = results["settings"]
-    seeds = len(settings["seeds"])
+    seeds, size = len(settings["seeds"]), settings["no_repeat_ngram_size"]
+    rule = f", no {size}-gram twice" if size else ""
     lines = [
         f"Rouge-L, mean and deviation over {seeds} sampling seed{'s' * (seeds > 1)}, "
-        f"temperature {settings['temperature']:g}, at most {settings['max_new_tokens']} tokens; "
-        "rows in brackets"
+        f"temperature {settings['temperature']:g}, "
+        f"at most {settings['max_new_tokens']} tokens{rule}; rows in brackets"
     ]
     lines += [f"*{name}: {s['note']}" for name, s in results["sets"].items() if s["note"]]
     return "\n".join(lines)

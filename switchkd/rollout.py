@@ -24,13 +24,15 @@ from torch import Tensor
 
 from switchkd.attention import without_cudnn
 from switchkd.models import cache_name, last_position
+from switchkd.ngrams import without_repeats
 from switchkd.policies import Policy, Student
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn. Divergences always compare the unwarped distributions at T = 1, because
-    a truncated support makes them jump; only the draw is warped. Temperature 0 is greedy."""
+    a truncated support makes them jump; only the draw is warped. Temperature 0 is greedy.
+    no_repeat_ngram: no n-gram of so many tokens twice, for a student without a teacher; 0: off."""
 
     seed: int = 0
     teacher_temperature: float = 1.0
@@ -38,6 +40,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self):
         for name in ("teacher_temperature", "student_temperature"):
@@ -49,6 +52,9 @@ class Sampling:
             raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p: got {self.min_p}, expected a number in [0, 1)")
+        if self.no_repeat_ngram < 0:
+            got = f"no_repeat_ngram: got {self.no_repeat_ngram}"
+            raise ValueError(f"{got}, expected 0 (off) or a positive integer")
 
     @property
     def filtered(self) -> bool:
@@ -176,6 +182,15 @@ def written_by(role: str, token: Tensor, logits: Tensor, vocab_size: int | None)
     )
 
 
+def check_models(teacher, policy: Policy, sampling: Sampling) -> None:
+    """Refuse a policy or a rule that these models cannot follow."""
+    if teacher is None and policy.needs_teacher:
+        raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
+    if teacher is not None and sampling.no_repeat_ngram:
+        got = f"no_repeat_ngram: got {sampling.no_repeat_ngram} and a teacher"
+        raise ValueError(f"{got}, expected 0, or a student alone")
+
+
 def check_request(prompts: Sequence, max_new_tokens: int, sequence_ids: Sequence | None) -> None:
     """Refuse what no model could write."""
     if len(prompts) == 0:
@@ -232,8 +247,7 @@ def rollout_naive(
     Source: SWITCH, arXiv 2410.19503, Algorithm 1.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
-    if teacher is None and policy.needs_teacher:
-        raise ValueError(f"policy {type(policy).__name__} needs a teacher, got None")
+    check_models(teacher, policy, sampling)
     check_request(prompts, max_new_tokens, sequence_ids)
     streams = [_Stream(model) for model in (teacher, student) if model is not None]
     for stream in streams:
@@ -252,6 +266,7 @@ def rollout_naive(
     slots = torch.arange(longest + max_new_tokens, device=device)
     mask = (slots >= longest - prompt_lengths[:, None]).long()
     positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
+    text = torch.where(mask[:, :longest] > 0, tokens, -1)
 
     state = policy.start(rows, device)
     running = torch.ones(rows, dtype=torch.bool, device=device)
@@ -260,7 +275,7 @@ def rollout_naive(
         logits = [s.step(tokens, mask[:, : longest + t], positions) for s in streams]
         step = torch.full((rows,), t, device=device)
         settled = policy.settled(state, step)
-        chosen, tau = _select(logits, policy, state, sampling, ids, step, vocab_size)
+        chosen, tau = _select(logits, text, policy, state, sampling, ids, step, vocab_size)
         record.append((without_comparison(chosen, settled), tau, running.clone()))
         if teacher is not None:
             policy.observe(state, tau, chosen.divergence)
@@ -271,6 +286,8 @@ def rollout_naive(
         if left == 0:
             break
         tokens = torch.where(running, chosen.token, pad_token_id)[:, None]
+        if sampling.no_repeat_ngram:
+            text = torch.cat([text, tokens], 1)
         positions = (prompt_lengths + t)[:, None]
 
     alive = torch.stack([r[2] for r in record], 1)
@@ -290,7 +307,7 @@ def rollout_naive(
     )
 
 
-def _select(logits, policy, state, sampling, ids, positions, vocab_size):
+def _select(logits, text, policy, state, sampling, ids, positions, vocab_size):
     """One decision for all rows: (SwitchSelection, threshold)."""
     keys = dict(seed=sampling.seed, sequence_ids=ids, positions=positions)
     warp = dict(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
@@ -300,8 +317,12 @@ def _select(logits, policy, state, sampling, ids, positions, vocab_size):
     try:
         student_token = teacher_token = None
         if sampling.filtered or not teacher_logits:
+            allowed = student_logits
+            if sampling.no_repeat_ngram:
+                end = torch.full_like(ids, text.shape[1])
+                allowed = without_repeats(allowed, text, end, sampling.no_repeat_ngram)
             student_token = sample(
-                student_logits, temperature=sampling.student_temperature, **warp, **options
+                allowed, temperature=sampling.student_temperature, **warp, **options
             )
         if not teacher_logits:
             return written_by("student", student_token, student_logits, vocab_size), tau

@@ -60,14 +60,16 @@ class Slots:
     On the device: the prompt's number (job), its sequence id, the token that was written last, the
     lengths of both caches and of the prompt, and the state of the policy. On the host: the two
     lengths; `settled`, the teacher writes all that follows; `follows`, the student's cache is as
-    long as the teacher's; `along`, all tokens so far are those of an earlier completion.
+    long as the teacher's; `along`, all tokens so far are those of an earlier completion. With
+    `text`, so many tokens of prompt and response are on the device, too, -1 after the last.
     """
 
-    def __init__(self, count: int, policy: Policy, device: torch.device):
+    def __init__(self, count: int, policy: Policy, device: torch.device, text: int = 0):
         self.n, self.policy, self.device = 0, policy, device
         names = ("job", "sequence", "last", "length", "prompt")
         self.columns = {x: torch.zeros(count, dtype=torch.int64, device=device) for x in names}
         self.state = policy.start(count, device)
+        self.text = torch.full((count, text), -1, device=device) if text else None
         self.lengths, self.prompts = [0] * count, [0] * count
         self.settled, self.follows, self.along = ([False] * count for _ in range(3))
         self.host = (self.lengths, self.prompts, self.settled, self.follows, self.along)
@@ -86,16 +88,27 @@ class Slots:
             column[slot] = value
         for name, fresh in (self.policy.start(1, self.device) or {}).items():
             self.state[name][slot] = fresh[0]
+        if self.text is not None:
+            self.text[slot] = -1
+            self.text[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
 
     def free(self, slot: int) -> int | None:
         """Take a row out of work; the last working row moves there: its number, unless the same."""
         self.n -= 1
         source = self.n
         if slot != source:
-            for column in (*self.columns.values(), *(self.state or {}).values(), *self.host):
+            text = () if self.text is None else (self.text,)
+            for column in (*self.columns.values(), *(self.state or {}).values(), *text, *self.host):
                 column[slot] = column[source]
         self._set(source, (0, 0, 0, 0, 0))  # may still be fed, to fill up a batch
         return source if slot != source else None
+
+    def accept(self, tokens: Tensor, gained: Tensor) -> None:
+        """Tokens (n, k) of a round, of which each row gains the first so many."""
+        self.last.copy_(tokens.gather(1, gained[:, None] - 1)[:, 0])
+        self.length.add_(gained)
+        if self.text is not None:  # of one token a round
+            self.text[: self.n].scatter_(1, self.length[:, None], self.last[:, None])
 
     def _set(self, slot: int, values: Sequence[int]) -> None:
         for column, value in zip(self.columns.values(), values, strict=True):

@@ -226,6 +226,26 @@ def test_finished_sets_outlive_a_killed_run_and_are_not_run_again(model_dir, mon
     assert asked == [5] and list(results(model_dir, "k.json")["sets"]) == ["tiny"]
 
 
+def test_no_ngram_twice(model_dir, capsys):
+    rules, texts = {"seeds": [1], "max_new_tokens": 60}, []
+    for size in (0, 1):
+        folder = model_dir / f"texts-{size}"
+        flags = ("--no_repeat_ngram_size", str(size), "--save_responses", str(folder))
+        assert evaluate(model_dir, f"n{size}.json", *flags, **rules) == 0
+        (file,) = folder.rglob("tiny.jsonl")
+        lines = (json.loads(line)["response"] for line in file.open())
+        texts.append([text.replace("\ufffd", "") for text in lines])  # halves of characters
+    assert "at most 60 tokens, no 1-gram twice; rows" in " ".join(capsys.readouterr().out.split())
+    assert all(len(set(text)) == len(text) for text in texts[1])  # a token is a byte
+    assert any(len(set(text)) < len(text) for text in texts[0])
+    before = results(model_dir, "n0.json")
+    del before["settings"]["no_repeat_ngram_size"]  # as it was written before there was the rule
+    (model_dir / "n0.json").write_text(json.dumps(before))
+    assert evaluate(model_dir, "n0.json", **rules) == 0
+    assert evaluate(model_dir, "n0.json", "--no_repeat_ngram_size", "6", **rules) == 1
+    assert "results with no_repeat_ngram_size 0, got 6" in " ".join(capsys.readouterr().out.split())
+
+
 def test_responses_are_kept_apart():
     names = ("runs/a", "runs_a", "v1.5", "..", "v1.6")
     files = {responses_file("out", label, "S-NI") for label in names}
