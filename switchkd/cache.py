@@ -146,6 +146,10 @@ def position_bytes(model: nn.Module) -> int:
     return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
+class NotServed(ValueError):
+    """A model, or rows so long, that the naive loop decodes and a row cache does not."""
+
+
 def check_architecture(model: nn.Module) -> None:
     """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
     config, name = model.config.get_text_config(), type(model).__name__
@@ -156,13 +160,13 @@ def check_architecture(model: nn.Module) -> None:
         window = None  # Qwen2 names a window that it does not use
     if kinds != {"full_attention"} or (window and not hasattr(config, "layer_types")):
         what = ", ".join(sorted(kinds - {"full_attention"})) or f"a sliding window of {window}"
-        raise ValueError(
+        raise NotServed(
             f"{name} has {what}, which the block decoder's cache does not serve: expected full "
             "attention in every layer; the naive loop decodes it"
         )
     takes = inspect.signature(decoder_of(model).forward).parameters
     if "position_ids" not in takes or getattr(config, "alibi", False):
-        raise ValueError(
+        raise NotServed(
             f"{name}: got a model that is not told positions (ALiBi, or none of its own), expected "
             "position_ids, one for each token of a row; the naive loop decodes it"
         )
@@ -176,15 +180,15 @@ def check_architecture(model: nn.Module) -> None:
         )
 
 
-def check_positions(model: nn.Module, capacity: int) -> None:
+def check_positions(model: nn.Module, length: int) -> None:
     """Refuse rows so long that a model would turn all positions of a pass otherwise."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     first = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
-    if rope.get("rope_type") == "longrope" and first and capacity > first:
-        raise ValueError(
-            f"{type(model).__name__}: got rows of {capacity} positions, expected at most {first}: "
+    if rope.get("rope_type") == "longrope" and first and length > first:
+        raise NotServed(
+            f"{type(model).__name__}: got rows of {length} positions, expected at most {first}: "
             "beyond, LongRoPE turns every row of a batch by the longest; the naive loop decodes it"
         )

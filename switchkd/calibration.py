@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -162,7 +161,7 @@ def calibrate_trainer(trainer) -> Calibration:
     def measure(policy: Switch) -> Divergences:
         trainer.policy = policy
         part = Divergences.of(trainer.roll_out(mine, NOISE))
-        return Divergences.join(gather_object([part]) if args.world_size > 1 else [part])
+        return Divergences.join(trainer._gather([part]))
 
     policy, result = calibrate(args.policy(), args.target_teacher_share, measure)
     trainer.policy, trainer.calibration = policy, result.to_dict()

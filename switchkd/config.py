@@ -161,6 +161,8 @@ class SwitchConfig(TrainingArguments):
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self._checkpoints_are_validated()
         self.rollout_dtype = DTYPES.get(self.rollout_dtype, self.rollout_dtype)
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            self.metric_for_best_model = self.metric_for_best_model or "rouge_l"  # not the loss
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
         if not torch.accelerator.is_available():

@@ -190,7 +190,7 @@ def examples_from(
         more = f"\n... and {len(malformed) - 5} more" if len(malformed) > 5 else ""
         raise ValueError(
             f"{report.source}: got {len(malformed)} malformed rows, expected none "
-            "(--skip_malformed true leaves them out)\n" + "\n".join(malformed[:5]) + more
+            "(skip_malformed: true leaves them out of a file)\n" + "\n".join(malformed[:5]) + more
         )
     report.kept = len(examples)
     if not examples:

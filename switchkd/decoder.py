@@ -27,7 +27,7 @@ from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelect
 from torch import Tensor, nn
 
 from switchkd.attention import without_cudnn
-from switchkd.cache import capacity_for
+from switchkd.cache import capacity_for, check_positions
 from switchkd.engine import Engine
 from switchkd.ngrams import without_repeats
 from switchkd.padding import by_length
@@ -346,11 +346,13 @@ def rollout(
         raise ValueError("engine: got one of other models, expected this teacher and student")
     elif (block, drafter, costs) != (None, None, None):
         raise ValueError("got an engine and block, drafter or costs, which are the engine's own")
+    longest, drafted = max(map(len, prompts)), max(engine.planner.blocks)
     for model in engine.given.values():
         check_lengths(model, prompts, max_new_tokens)
+        check_positions(model, longest + max_new_tokens + (0 if teacher is None else drafted))
         model.eval()
     start, device = time.perf_counter(), student.device
-    capacity = capacity_for(max(map(len, prompts)), max_new_tokens, max(engine.planner.blocks))
+    capacity = capacity_for(longest, max_new_tokens, drafted)
     count = engine.prepare(min(batch_size or len(prompts), len(prompts)), capacity)
     text = engine.capacity + 1 if sampling.no_repeat_ngram else 0
     slots = Slots(engine.slots, policy, device, text)

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from switchkd.cache import CachedModel, check_architecture, check_positions, position_bytes
+from switchkd.cache import CachedModel, check_architecture, position_bytes
 from switchkd.graphs import Graphs
 from switchkd.planner import Planner
 
@@ -67,8 +67,6 @@ class Engine:
         if rows > self.asked or capacity > self.capacity or kind != self.kind:
             asked = max(rows, self.asked, self.room[0])
             capacity = max(capacity, self.capacity, self.room[1])
-            for model in self.given.values():
-                check_positions(model, capacity)
             self.release()
             slots = self.fitting(asked, capacity)
             self.models = {

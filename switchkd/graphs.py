@@ -27,7 +27,9 @@ class Graphs:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         # The reference draws of float64 logits look at the device: no graph can hold that.
         self.enabled = device.type == "cuda" and dtype != torch.float64
-        self.device, self.pool, self.captured, self.memory = device, None, {}, {}
+        self.pool, self.captured, self.memory = None, {}, {}
+        # Of its own: torch's stream for captures is on whichever device the first of all was.
+        self.stream = torch.cuda.Stream(device) if self.enabled else None
 
     def call(self, kind: tuple, function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.enabled:
@@ -64,18 +66,17 @@ class Graphs:
         return flat[:size].view(like.shape)
 
     def warm_up(self, function: Callable, places: list[Tensor]) -> tuple[Tensor, ...]:
-        with torch.cuda.device(self.device):  # streams and captures are of the current one
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    outputs = function(*places)
-            torch.cuda.current_stream().wait_stream(stream)
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UPS):
+                outputs = function(*places)
+        current.wait_stream(self.stream)
         return outputs
 
     def capture(self, work: Callable) -> Callable:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             work()
         self.pool = self.pool or graph.pool()
         return graph.replay

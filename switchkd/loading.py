@@ -88,7 +88,7 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
         raise ValueError(f"report_to: got {config.report_to}: {error}") from None
     kind, options = config.lr_scheduler_type, config.lr_scheduler_kwargs
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=options)
     except (TypeError, ValueError) as error:
         name = getattr(kind, "value", kind)

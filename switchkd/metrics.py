@@ -17,6 +17,7 @@ from switchkd_kernels import divergence_loss, jsd
 from torch import nn
 
 from switchkd.attention import without_cudnn
+from switchkd.cache import NotServed
 from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.engine import Engine
@@ -200,10 +201,16 @@ def generate(
     engine = engine or engine_for(model)
     # The model, or its copy for decoding, has the type that it is to write in.
     with torch.autocast(model.device.type, enabled=False):
+        if engine is not None:
+            try:
+                rollout = block_rollout(
+                    None, model, prompts, engine=engine, on_step=on_step, **options
+                )
+            except NotServed as error:  # before anything was decoded
+                log.warning("sampling without the block decoder's cache: %s", error)
+                engine = None
         if engine is None:
             rollout = rollout_in_batches(None, model, prompts, on_step=of_all, **options)
-        else:
-            rollout = block_rollout(None, model, prompts, engine=engine, on_step=on_step, **options)
     completions = rollout.completions()
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions]
 

@@ -53,7 +53,8 @@ def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:
             f"data: got {path}, expected JSON Lines, one object a line (.jsonl), or the folder of "
             "such a table, which is read as a Hub data set"
         )
-    if path.suffix == ".json" and next(lines_of(path), "").lstrip().startswith("["):
+    first = next((line for line in lines_of(path) if line.strip()), "")
+    if path.suffix == ".json" and first.lstrip().startswith("["):
         try:
             yield from json.loads("".join(lines_of(path)))
         except json.JSONDecodeError as error:
@@ -74,6 +75,8 @@ def _read_hub(name: str, splits: Sequence[str]) -> tuple[str, Iterable[Mapping]]
 
     try:
         there = splits if len(splits) == 1 else get_dataset_split_names(name)
+        if len(there) == 1 < len(splits):
+            splits = there  # the only one is what was meant
         split = next((split for split in splits if split in there), None)
         if split is not None:
             return f"{name} [{split}]", load_dataset(name, split=split)

@@ -61,11 +61,14 @@ class RolloutTrainer(ShardedTrainer):
         batch = losses.collate([text.row.prompt_ids], [text.tokens], self.vocabulary.pad_token_id)
         batch = {name: x.to(self.args.device) for name, x in batch.items()}
         student = self.accelerator.unwrap_model(self.model)
+        training = student.training
+        student.eval()  # what is logged must not draw the dropout of the steps that follow
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = losses.distillation_loss(
                 None, student, student, batch, vocab_size=self.vocabulary.size,
                 kind="cross_entropy", reduction="none",
             )  # fmt: skip
+        student.train(training)
         apart = (loss.cpu() + logprob)[asked].abs().max().item()
         return found | {"rollout/logprob_difference": apart}
 

@@ -45,7 +45,6 @@ FREE_TO_CHANGE = {
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
-    "logging_steps",
     "logging_first_step",
     "log_level",
     "log_level_replica",
@@ -87,6 +86,8 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
             check_free(folder, script, config)
         return None
     checkpoint = find_checkpoint(folder, wanted)
+    if begins(checkpoint, config) and config.process_index == 0:
+        check_free(folder, script, config)
     adopt_threshold(config, checkpoint)
     values, before = run_settings(script, config), read_settings(Path(checkpoint).parent)
     for key in sorted(before.keys() & values.keys() - FREE_TO_CHANGE):
@@ -99,13 +100,19 @@ def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     return checkpoint
 
 
+def begins(resume: str | None, config: SwitchConfig) -> bool:
+    """Whether the run has its folder still to fill: a new one, or one that goes on elsewhere."""
+    return resume is None or Path(resume).parent.resolve() != Path(config.output_dir).resolve()
+
+
 def check_free(folder: Path, script: ScriptArguments, config: SwitchConfig) -> None:
     """Refuse a folder in which a new run would take something away."""
+    for name in (script.model_name_or_path, script.teacher_model_name_or_path):
+        place = Path(name or "").resolve()
+        cleared = place.parents if config.overwrite_output_dir else ()
+        if name and place.exists() and folder.resolve() in (place, *cleared):
+            raise ValueError(f"output_dir: {folder} holds {name}, which this run begins with")
     if config.overwrite_output_dir:
-        for name in (script.model_name_or_path, script.teacher_model_name_or_path):
-            place = Path(name or "").resolve()
-            if name and place.exists() and folder.resolve() in (place, *place.parents):
-                raise ValueError(f"output_dir: {folder} holds {name}, which this run begins with")
         return
     # A run that was killed early leaves a config.yaml of all options; one of fewer is somebody's.
     options, record = run_settings(script, config).keys(), folder / CONFIG

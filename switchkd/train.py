@@ -24,7 +24,7 @@ from switchkd.console import GracefulStop, print_summary
 from switchkd.data import Rows
 from switchkd.loading import check_options, load_data, load_models, load_tokenizers, peft_config
 from switchkd.models import count_parameters
-from switchkd.run_folder import begin_output, check_output, check_writable
+from switchkd.run_folder import begin_output, begins, check_output, check_writable
 from switchkd.trainer import SwitchTrainer
 
 
@@ -96,7 +96,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     if resume is None and config.target_teacher_share is not None:
         unit = "bits" if trainer.policy.base == 2 else "nats"
         print_calibration(trainer.calibrate(), unit, console)
-    if resume is None and config.process_index == 0:
+    if begins(resume, config) and config.process_index == 0:
         begin_output(script, config)
         for part in (base, tokenizer) if base is not None else ():
             part.save_pretrained(student.name_or_path)

@@ -162,10 +162,9 @@ class SwitchTrainer(RolloutTrainer):
 
     def _begin(self) -> None:
         """What a run that is not resumed needs before its first step."""
-        if self.is_world_process_zero():
-            aside = set_completions_aside(self.args.output_dir)
-            if aside is not None:
-                log.warning("completions of an earlier run are now in %s", aside)
+        aside = self.is_world_process_zero() and set_completions_aside(self.args.output_dir)
+        if aside:
+            log.warning("completions of an earlier run are now in %s", aside)
         if self.args.target_teacher_share is not None and self.calibration is None:
             self.calibrate()
         if self.args.adaptive_lmbda and self.mixture.reference is None:
@@ -344,6 +343,11 @@ class SwitchTrainer(RolloutTrainer):
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in tied]
         super()._issue_warnings_after_load(load_result)
+
+    def _determine_best_metric(self, metrics, trial):
+        """A stop is saved, too, where only the best is."""
+        stop = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        return super()._determine_best_metric(metrics, trial) or stop
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

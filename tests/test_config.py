@@ -199,6 +199,12 @@ def test_adaswitch_needs_its_k_and_l():
     assert made == AdaSwitch(K=2.0, L=8)
 
 
+def test_without_a_metric_the_best_is_that_of_rouge_l():
+    best = config(metric_for_best_model=None, eval_steps=5, save_steps=5)
+    assert best.load_best_model_at_end and best.metric_for_best_model == "rouge_l"
+    assert best.greater_is_better
+
+
 def test_mix_in_and_random_have_the_papers_rates():
     assert config(switch_schedule="mix-in").policy().rate == 0.2
     assert config(switch_schedule="random").policy().rate == 0.5

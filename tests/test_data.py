@@ -158,7 +158,7 @@ def test_files_of_other_programs_are_read_or_named(tmp_path, tokenizer):
 
     lines = [json.dumps({**ALPACA, "output": "é"}, ensure_ascii=False)] * 2
     windows = file("windows.jsonl", "\r\n".join(lines), "utf-8-sig")
-    arrays = [file("a.json", f"[{lines[0]},\n{lines[1]}]"), file("b.json", "\n".join(lines))]
+    arrays = [file("a.json", f"\n[{lines[0]},\n{lines[1]}]"), file("b.json", "\n".join(lines))]
     for path in (windows, *arrays):
         examples, _ = read_examples(path)
         assert [e.references for e in examples] == [("é",)] * 2
@@ -187,11 +187,13 @@ def test_hub_datasets_are_read_through_datasets(tmp_path):
     assert report.left_out == {"rows with an empty response": [2]}
     with pytest.raises(ValueError, match=r"cannot load .*absent"):
         read_examples(str(tmp_path), split="absent")
-    with pytest.raises(ValueError, match=r"with the splits train, expected test or valid"):
-        read_examples(str(tmp_path), split=("test", "valid"))
+    _, report = read_examples(str(tmp_path), split=("test", "valid"))
+    assert report.source.endswith("[train]")  # the only one
     write(tmp_path / "validation.jsonl", [ALPACA])
     _, report = read_examples(str(tmp_path), split=("test", "validation"))
     assert report.source.endswith("[validation]")
+    with pytest.raises(ValueError, match=r"with the splits train, validation, expected test or b"):
+        read_examples(str(tmp_path), split=("test", "b"))
 
 
 def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):

@@ -1,19 +1,25 @@
 """An engine from rollout to rollout, and what the block decoder refuses."""
 
+import dataclasses
+
 import pytest
 import torch
-from conftest import VOCAB, tiny_model
+from conftest import VOCAB, byte_tokenizer, tiny_model
 from switchkd_kernels import InvalidLogits
 from test_decoder import COMMON, T, assert_same, pair, prompts
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, Phi3Config
 from transformers.activations import NewGELUActivation
 
 from switchkd import decoder
+from switchkd.cache import NotServed
+from switchkd.data import Row
 from switchkd.decoder import rollout
 from switchkd.engine import Engine
 from switchkd.layers import few_rows
+from switchkd.metrics import generate
+from switchkd.models import Vocabulary
 from switchkd.policies import AdaSwitch, Student, Switch, Teacher
-from switchkd.rollout import rollout_naive
+from switchkd.rollout import Sampling, rollout_naive
 
 POLICY = Switch(max_new_tokens=T)
 
@@ -144,9 +150,20 @@ def test_long_rope_is_refused_where_it_looks_at_the_batch():
         rope_scaling={"type": "longrope", **factors},
     )  # fmt: skip
     options = dict(COMMON, vocab_size=None)
-    rollout(None, model, [[5] * 6], Student(), **options)  # as far as 64 positions all is well
-    with pytest.raises(ValueError, match=r"rows of 80 positions, expected at most 64"):
-        rollout(None, model, [[5] * 55], Student(), **options)
+    for length in (6, 64 - T):  # as far as 64 positions all is well
+        rollout(None, model, [[5] * length], Student(), **options)
+    with pytest.raises(NotServed, match=r"rows of 65 positions, expected at most 64"):
+        rollout(None, model, [[5] * (65 - T)], Student(), **options)
+    with pytest.raises(NotServed, match="expected at most 64"):  # a draft may reach beyond
+        rollout(model, model, [[5] * (64 - T)], Switch(max_new_tokens=T), **options)
+    # An evaluation goes on with the naive loop.
+    tokenizer, sampling = byte_tokenizer(), Sampling(seed=1)
+    example = dataclasses.make_dataclass("Example", ["line"])(0)
+    rows = [Row([5] * (65 - T), [], example)]
+    vocabulary = Vocabulary(VOCAB, (1,), 0)
+    want = rollout_naive(None, model, [[5] * (65 - T)], sampling=sampling, **options)
+    text = generate(model, rows, tokenizer, vocabulary, sampling, max_new_tokens=T)
+    assert text == [tokenizer.decode(want.completions()[0], skip_special_tokens=True).strip()]
 
 
 def test_prompt_tuning_is_refused():
@@ -168,6 +185,24 @@ def test_requests_that_nothing_could_write():
         for write in (rollout, rollout_naive):
             with pytest.raises(ValueError, match=reason):
                 write(teacher, student, policy=POLICY, **asked)
+
+
+def test_layers_that_others_have_replaced_stay_so(monkeypatch):
+    def theirs(self, x):
+        return x
+
+    for device in ("cpu", "cuda"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", theirs)
+            with few_rows(torch.device(device)), few_rows(torch.device(device)):
+                assert torch.nn.Linear.forward is theirs
+            assert torch.nn.Linear.forward is theirs
+    before = torch.nn.Linear.forward
+    with few_rows(torch.device("cpu")):
+        with few_rows(torch.device("cpu")):
+            inner = torch.nn.Linear.forward
+        assert torch.nn.Linear.forward is inner
+    assert torch.nn.Linear.forward is before
 
 
 def test_the_activation_of_gpt2_is_one_operation(monkeypatch):

@@ -2,6 +2,10 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from switchkd_kernels import (
 )
 
 ZEROS = torch.zeros(4, 6, device=DEVICE)
+PATHS = {"PYTHONPATH": str(Path(_native.__file__).parents[1])}
 KEY = {"seed": 1, "sequence_ids": torch.arange(4), "positions": 2}
 IMPLS = [
     impl
@@ -60,6 +65,7 @@ DRAWS = [
     ({"positions": -1}, ValueError, "positions must be in .*, got -1"),
     ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
     ({"vocab_size": 3.0}, TypeError, "vocab_size must be an int, got float"),
+    ({"seed": 10**400}, ValueError, r"seed must be in \[0, 2\^64\), got 10000"),
 ]
 BY_OP = [
     *((op, *case) for op in (draw, select) for case in DRAWS),
@@ -108,6 +114,50 @@ def test_refusals(impl, op, change, error, message):
 def test_logits_that_are_no_tensors(impl, op):
     with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
         op(ZEROS.cpu().numpy(), impl)
+
+
+@every
+@pytest.mark.parametrize("op", [draw, select, loss, distance, linear])
+def test_a_vocabulary_of_no_tokens_and_one_of_numpy(impl, op):
+    with pytest.raises(ValueError, match="vocab_size must be between 1 and 0"):
+        op(ZEROS[:, :0] if op is not linear else ZEROS[:0], impl)
+    few, same = (op(ZEROS, impl, vocab_size=kind(3)) for kind in (np.int64, int))
+    torch.testing.assert_close(few, same)
+
+
+def test_logits_without_a_dimension():
+    with pytest.raises(
+        ValueError, match=r"agree in all but the last dimension, got \(5,\) and \(\)"
+    ):
+        divergence_loss(torch.randn(5), torch.tensor(1.0))
+
+
+class Ops(torch.nn.Module):
+    """What was exported."""
+
+    def forward(self, z):
+        options = {"vocab_size": z.shape[1], "sequence_ids": 3, "positions": 2}
+        token = switch_select(z, z + 1, 0.5, seed=1, **options).token
+        return token, sample(z, seed=1, **options), divergence_loss(z, z * 2)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="native code for a CPU")
+def test_what_was_exported_runs_in_a_process_that_has_loaded_no_native_code(tmp_path):
+    z = torch.randn(4, 6)
+    program = torch.export.export(Ops(), (z,), strict=False)
+    torch.export.save(program, tmp_path / "ops.pt2")
+    torch.save((z, Ops()(z)), tmp_path / "want.pt")
+    text = (
+        "import torch, switchkd_kernels\n"
+        "z, want = torch.load('want.pt')\n"
+        "got = torch.export.load('ops.pt2').module()(z)\n"
+        "torch.testing.assert_close(got, want)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | PATHS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_streams_of_uniform_and_an_unknown_instruction_set(monkeypatch):

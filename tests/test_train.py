@@ -82,6 +82,10 @@ CHEAP = [
     ({"lm_file": "absent.txt"}, "lm_file: got absent.txt"),
     ({"teacher_quantization": "3bit"}, "teacher_quantization: got '3bit'"),
     ({"lr_scheduler_kwargs": '{"foo": 1}'}, "lr_scheduler_kwargs: got {'foo': 1} for cosine"),
+    (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 0.01}'},
+        "lr_end (0.01) must be smaller than initial lr",
+    ),
     ({"report_to": "wandb"}, "report_to: got ['wandb']"),
     ({"use_liger_kernel": "true"}, "use_liger_kernel: needs the package liger-kernel"),
     ({"output_dir": "{}/rows.jsonl/run"}, "output_dir: cannot write to"),
@@ -195,6 +199,27 @@ def test_a_run_goes_on_with_its_own_options_and_rows_alone(folder, capsys):
         assert "training data: got rows with the digest" in refusal()
     finally:
         write(folder / "rows.jsonl", ROWS)
+
+
+def test_a_run_that_goes_on_elsewhere_begins_there_and_takes_nothing_away(folder, capsys):
+    first = folder / "whole" / "checkpoint-1"
+    on = dict(eval_steps=1, save_steps=1, max_steps=2, resume_from_checkpoint=first)
+    assert run(folder, "another") == 0
+    before = (folder / "another" / "completions.jsonl").read_bytes()
+    assert run(folder, "another", **on) == 1
+    assert "another holds another run" in " ".join(capsys.readouterr().out.split())
+    assert (folder / "another" / "completions.jsonl").read_bytes() == before
+    assert run(folder, "elsewhere", **on) == 0
+    again = {**on, "resume_from_checkpoint": "last", "learning_rate": 0.5}
+    assert run(folder, "elsewhere", **again) == 1  # it has a config.yaml of its own
+    assert "learning_rate: got 0.5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_folder_of_a_model_that_a_run_begins_with_is_not_its_output(folder, capsys):
+    before = (folder / "student" / "model.safetensors").read_bytes()
+    assert run(folder, "student") == 1
+    assert "which this run begins with" in " ".join(capsys.readouterr().out.split())
+    assert (folder / "student" / "model.safetensors").read_bytes() == before
 
 
 def test_stopping_at_once_tells_of_a_checkpoint_where_there_is_one(folder, monkeypatch, capsys):

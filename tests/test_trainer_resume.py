@@ -80,6 +80,34 @@ def test_a_stop_saves_once_whatever_else_is_due(tmp_path, strategy):
     assert (tmp_path / "checkpoint-5" / "run_state.json").exists()
 
 
+def test_a_stop_at_the_end_of_an_epoch_is_saved_where_only_the_best_is(tmp_path):
+    stop = StopIn(8)
+    options = dict(max_steps=12, per_device_train_batch_size=2, save_total_limit=3,
+                   eval_strategy="epoch", save_strategy="best")  # fmt: skip
+    trainer = make(tmp_path, callbacks=[stop], **options)
+    trainer.train()
+    assert "eval_kl" in trainer.state.log_history[-2], "the epoch's end should have been validated"
+    assert stop.saves == [4, 8], "no sample of so small a model scores"
+    assert (tmp_path / "checkpoint-8" / "run_state.json").exists()
+
+
+def test_what_is_logged_does_not_change_a_run_with_dropout(tmp_path):
+    """The student of a decoding copy trains on between its rollouts, with dropout."""
+    options = dict(lmbda=1.0, max_steps=6, per_device_train_batch_size=2, disable_dropout=False,
+                   rollout_dtype="float32", save_strategy="steps", save_steps=3)  # fmt: skip
+    silent = make(tmp_path / "silent", logging_steps=100, **options)
+    silent.train()
+    often = make(tmp_path / "often", **options)
+    often.train()
+    again = make(tmp_path / "often", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "often" / "checkpoint-3"))
+    apart = [log["rollout/logprob_difference"] for log in often.state.log_history if "loss" in log]
+    assert len(apart) == 6 and 0 < max(apart) < 1e-3
+    weights = [list(trainer.model.parameters()) for trainer in (silent, often, again)]
+    for a, b, c in zip(*weights, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="got no intact checkpoint in"):

@@ -63,7 +63,7 @@ def logits(vocab_size: int | None, rows: bool = False, **given: Tensor) -> int:
     expected = None
     if rows and len(first) != 2:
         expected = "be (rows, vocabulary)"
-    elif len(first) == 0 or first[:-1] != last[:-1]:
+    elif not (len(first) and len(last)) or first[:-1] != last[:-1]:
         expected = "agree in all but the last dimension"
     if expected:
         got = " and ".join(str(tuple(shape)) for shape in shapes)
@@ -79,8 +79,8 @@ def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None)
                 f"teacher and student have {teacher_width} and {student_width} logits a row: "
                 "pass vocab_size, the number of real tokens they share"
             )
-        return teacher_width
-    integer("vocab_size", vocab_size)
+        vocab_size = teacher_width
+    vocab_size = integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(teacher_width, student_width):
         raise ValueError(
             f"vocab_size must be between 1 and {min(teacher_width, student_width)}, the smaller "
@@ -90,10 +90,11 @@ def shared_vocab(teacher_width: int, student_width: int, vocab_size: int | None)
 
 
 def integer(name: str, value: int, low: float = -math.inf, high: float = math.inf) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    number(name, value, low, high)
-    return value
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def real(name: str, value: object) -> None:
@@ -175,7 +176,7 @@ def integers(
 
 def seed(value: int) -> int:
     """A seed is 64 bits."""
-    integer("seed", value)
+    value = integer("seed", value)
     if not 0 <= value < 2**64:
         raise ValueError(f"seed must be in [0, 2^64), got {value}")
     return value

@@ -233,9 +233,9 @@ def _kept(teacher, student, mask, vocab_size):
 @torch.library.custom_op("switchkd::divergence", mutates_args=())
 def _forward_op(
     teacher: Tensor, student: Tensor, mask: Tensor | None, kind: str, weight: float, detach: bool,
-    vocab_size: int, impl: str,
+    vocab_size: int, impl: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if launch := _LAUNCH.get(impl):
+    if launch := _LAUNCH.get(backend.choose(impl, teacher, student)):
         return launch[0](teacher, student, mask, kind, weight, detach, vocab_size)[:2]
     pair, kept = _kept(teacher, student, mask, vocab_size)
     nats = values(pair, Form(kind, weight, detach))
@@ -253,9 +253,9 @@ def _(teacher, student, *args):
 @torch.library.custom_op("switchkd::divergence_backward", mutates_args=())
 def _backward_op(
     upstream: Tensor, teacher: Tensor, student: Tensor, mask: Tensor | None, saved: Tensor,
-    kind: str, weight: float, detach: bool, vocab_size: int, impl: str,
+    kind: str, weight: float, detach: bool, vocab_size: int, impl: str | None,
 ) -> Tensor:  # fmt: skip
-    if launch := _LAUNCH.get(impl):
+    if launch := _LAUNCH.get(backend.choose(impl, teacher, student)):
         return launch[1](upstream, teacher, student, mask, saved, kind, weight, detach, vocab_size)
     pair, kept = _kept(teacher, student, mask, vocab_size)
     rows = upstream[kept, None] * gradients(pair, Form(kind, weight, detach))
@@ -289,7 +289,7 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup)
 
 
 def _rows(
-    impl: str, teacher, student, form: Form, mask, vocab_size, reduction, base=None
+    impl: str | None, teacher, student, form: Form, mask, vocab_size, reduction, base=None
 ) -> Tensor:
     """Reduced divergences by the kernels: no step of it waits for the device."""
     size = check.logits(vocab_size, teacher_logits=teacher, student_logits=student)
@@ -331,7 +331,9 @@ def jsd(
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        chosen = impl  # the op chooses, where it runs
+    elif chosen == "reference":
         return reference.jsd(teacher_logits, student_logits, base=base, **options)
     check.one_of("base", base, (2, "e"))
     return _rows(chosen, teacher_logits, student_logits, Form("jsd"), base=base, **options)
@@ -371,7 +373,9 @@ def divergence_loss(
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        chosen = impl
+    elif chosen == "reference":
         return reference.divergence_loss(
             teacher_logits, student_logits,
             kind=kind, alpha=alpha, beta=beta, detach_mixture=detach_mixture, **options,

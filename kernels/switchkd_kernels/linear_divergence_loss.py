@@ -125,6 +125,11 @@ class _LinearDivergence(torch.autograd.Function):
         return *grads, *[None] * 8
 
 
+def _choose(impl: str | None, given: tuple, biases: tuple, product_dtype) -> str:
+    products = given[2].new_empty(0, dtype=product_dtype)  # what the kernels take
+    return backend.choose(impl, *given, *biases, products)
+
+
 # ------------------------------------------------------------------------------- torch.compile
 
 
@@ -135,12 +140,14 @@ def _op(
     teacher_bias: Tensor | None, student_bias: Tensor | None,
     labels: Tensor | None, mask: Tensor | None, needs: list[bool],
     kind: str, weight: float, detach: bool, vocab_size: int, logit_scale: float, softcap: float,
-    ce_weight: float, chunk_size: int, product_dtype: torch.dtype | None, impl: str,
+    ce_weight: float, chunk_size: int, product_dtype: torch.dtype | None, impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum, (N,) losses and the gradients of the sum, as torch.compile sees them: full rows in and
     out, masked ones packed inside, so that no shape depends on data."""
+    given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
+    chosen = _choose(impl, given, (teacher_bias, student_bias), product_dtype)
     options = Options(kind, weight, detach, vocab_size, logit_scale, softcap, ce_weight,
-                       chunk_size, product_dtype, impl)  # fmt: skip
+                       chunk_size, product_dtype, chosen)  # fmt: skip
     rows = check.rows_of(student_hidden.shape[:1], mask, "none")
     kept = _indices(rows, student_hidden)
     teacher = (None if teacher_hidden is None else rows.take(teacher_hidden)), teacher_weight
@@ -323,9 +330,8 @@ def linear_divergence_loss(
     if softcap is not None:
         check.number("softcap", softcap, 0, math.inf, "()")
     product_dtype = _autocast_dtype(student_hidden)
-    products = student_hidden.new_empty(0, dtype=product_dtype)  # what the kernels take
     given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
-    chosen = backend.choose(impl, *given, teacher_bias, student_bias, products)
+    chosen = _choose(impl, given, (teacher_bias, student_bias), product_dtype)
     if chunk_size is None:
         width = 4 if chosen == "reference" else (product_dtype or student_hidden.dtype).itemsize
         chunk_size = max(16, CHUNK_BYTES[chosen] // (width * size))
@@ -359,7 +365,7 @@ def linear_divergence_loss(
             student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight,
             teacher_bias, student_bias,
             None if labels is None else labels.reshape(-1), check.flat_mask(mask, shape),
-            learns, *options,
+            learns, *options[:-1], impl,
         )  # fmt: skip
         count = max(shape.numel(), 1) if mask is None else mask.sum().clamp(min=1)
         return {"none": loss.reshape(shape), "sum": total, "mean": total / count}[reduction]

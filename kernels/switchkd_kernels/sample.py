@@ -230,10 +230,11 @@ _LAUNCH = {"triton": _launch, "cpu": _cpu.sample, "reference": reference.draw}
 def _op(
     logits: Tensor, ids: Tensor, positions: Tensor,
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float,
-    vocab_size: int, stream: int, model: str, impl: str,
+    vocab_size: int, stream: int, model: str, impl: str | None,
 ) -> Tensor:  # fmt: skip
-    """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    return _LAUNCH[impl](
+    """The op as torch.compile sees it; arguments are those of `_launch`, checked before. What was
+    exported may run in another process, or on another device: it chooses there."""
+    return _LAUNCH[backend.choose(impl, logits)](
         logits, ids, positions, seed, temperature, top_k, top_p, min_p, vocab_size, stream, model
     )
 
@@ -279,5 +280,5 @@ def sample(
     )  # fmt: skip
     chosen = backend.choose(impl, logits)
     if torch.compiler.is_compiling():
-        return _op(*args, chosen)
+        return _op(*args, impl)
     return _LAUNCH[chosen](*args)

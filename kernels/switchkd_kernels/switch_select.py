@@ -291,10 +291,10 @@ def _op(
     teacher: Tensor, student: Tensor, threshold: Tensor, ids: Tensor, positions: Tensor,
     teacher_token: Tensor | None, student_token: Tensor | None,
     seed: int, teacher_temperature: float, student_temperature: float,
-    metric: str, bits: bool, vocab_size: int, impl: str,
+    metric: str, bits: bool, vocab_size: int, impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op as torch.compile sees it; arguments are those of `_launch`, checked before."""
-    token, writer, *values = _LAUNCH[impl](
+    token, writer, *values = _LAUNCH[backend.choose(impl, teacher, student, cuda=True)](
         teacher, student, threshold, ids, positions, teacher_token, student_token,
         seed, teacher_temperature, student_temperature, metric, bits, vocab_size,
     )  # fmt: skip
@@ -357,5 +357,5 @@ def switch_select(
     )  # fmt: skip
     chosen = backend.choose(impl, teacher_logits, student_logits, cuda=True)
     if torch.compiler.is_compiling():
-        return SwitchSelection(*_op(*args, chosen))
+        return SwitchSelection(*_op(*args, impl))
     return SwitchSelection(*_LAUNCH[chosen](*args))
