@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from switchkd.config import SwitchConfig
 from switchkd.data import Rows
@@ -29,6 +30,20 @@ def check_arguments(model, args, others: dict) -> None:
             )
     if model is None:
         raise ValueError("model: got None, expected a causal language model, its Hub id or folder")
+    check_machine(args)
+
+
+def check_machine(args: SwitchConfig) -> None:
+    """Refuse what this machine, or the packages that are here, cannot do."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: got true on a CPU, expected a GPU, or bf16")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))
+    except ImportError as error:
+        raise ValueError(f"optim: got {args.optim.value}: {error}") from None
+    except ValueError as error:
+        if args.optim_target_modules is None:  # else it misses them in this model
+            raise ValueError(f"optim: got {args.optim.value}: {error}") from None
 
 
 def notes(args: SwitchConfig) -> list[str]:

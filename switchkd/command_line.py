@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -17,32 +16,11 @@ from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
 from switchkd.methods import preset
 from switchkd.models import EMBEDDED_DIR
+from switchkd.names import ALIASES, hint_of
 
 CLASSES = (ScriptArguments, SwitchConfig)
 DEMO = EMBEDDED_DIR / "demo.yaml"
-ALIASES = {  # other projects' names of the same thing
-    "max_completion_length": "max_new_tokens",
-    "max_prompt_len": "max_prompt_length",
-    "torch_dtype": "dtype",
-    "skew_lambda": "skew_alpha",
-    "teacher_model": "teacher_model_name_or_path",
-    "dataset": "dataset_name",
-}
-REPLACED = {  # options of TRL without a counterpart: what to give instead
-    "max_length": "max_prompt_length and max_new_tokens",
-    "model_init_kwargs": "dtype, attn_implementation, trust_remote_code",
-    "teacher_model_init_kwargs": "teacher_dtype, teacher_quantization, attn_implementation",
-    "load_in_4bit": "teacher_quantization",
-    "load_in_8bit": "teacher_quantization",
-    "chat_template_path": "template, or the tokenizer's own",
-    "dataset_text_field": "rows of prompt and completion, instruction and output, or messages",
-    "dataset_num_proc": "none: rows are tokenised in one process",
-    "packing": "none: rows are never packed",
-    "padding_free": "none: rows are padded",
-    "truncation_mode": "none: rows that are too long are left out",
-    "completion_only_loss": "none: the loss is always on the response alone",
-    "assistant_only_loss": "none: the loss is always on the response alone",
-}
+SCIENTIFIC = re.compile(r"[-+.\d]+[eE][-+]?\d+").fullmatch
 KINDS = {  # what to call a type in an error
     bool: "true or false",
     int: "an integer",
@@ -61,13 +39,24 @@ class Parser(HfArgumentParser):
         raise ValueError(re.sub(r"(argument --\w+)/[\w/-]+", r"\1", message))
 
 
+class Loader(yaml.SafeLoader):
+    """Of two values for one key the last would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
     """A YAML mapping of known keys to values of their types; aliases are translated."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"config: got {path}, expected an existing YAML file")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
@@ -80,7 +69,7 @@ def read_yaml(path: str) -> dict:
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if name not in types:
-            hint = _hint(str(key), [*types, *ALIASES])
+            hint = hint_of(str(key), [*types, *ALIASES])
             raise ValueError(f"config {path}: got the unknown key {key!r}{hint}")
         if name in clean:
             raise ValueError(f"config {path}: got {name} and its alias, expected one of them")
@@ -101,19 +90,25 @@ def _typed(name: str, value, hint):
         return str(value)  # student_layers: 0
     if str in kinds and dict not in kinds and type(value) is dict:
         return json.dumps(value)
+    if dict in kinds and type(value) is dict:
+        return {key: _number(x) if SCIENTIFIC(str(x)) else x for key, x in value.items()}
     if type(value) is str and str not in kinds:
         if list in kinds:
             return value.split()
-        number = float if float in kinds else int
-        if number in kinds:
-            try:
-                return number(value)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError:
-                pass
+        if float in kinds or int in kinds:
+            value = _number(value, float if float in kinds else int)
     if type(value) in kinds or (float in kinds and type(value) is int):
         return value
     names = [KINDS[kind] for kind in kinds if kind in KINDS]
     raise ValueError(f"got {value!r}, expected {' or '.join(names)}")
+
+
+def _number(text: str, kind: type = float):
+    """A number that YAML 1.1 reads as text, such as 1e-4; other text as it is."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]:
@@ -132,7 +127,7 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
     flags = {a.split("=")[0] for a in argv if a.startswith("--")}
     unknown = sorted(flags - parser._option_string_actions.keys())
     if unknown:
-        hint = _hint(unknown[0], parser._option_string_actions)
+        hint = hint_of(unknown[0], parser._option_string_actions)
         raise ValueError(f"got the unknown option {unknown[0]}{hint}")
     path = _value_of("--config", argv)
     if path is None and not flags & {"--model_name_or_path", "--dataset_name"}:
@@ -145,15 +140,6 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
     parser.set_defaults(**values)
     script, config, _ = parser.parse_args_into_dataclasses(argv)
     return script, config
-
-
-def _hint(name: str, known) -> str:
-    """What may have been meant by an unknown name."""
-    bare = name.removeprefix("--")
-    if bare in REPLACED:
-        return f" (TRL's), expected {REPLACED[bare]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:

@@ -222,6 +222,9 @@ class SwitchConfig(TrainingArguments):
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")
         apart = not (self.shard_teacher and self.teacher_is_base)
         need("shard_teacher", apart, "false with teacher_is_base, whose weights are the student's")
+        need("label_smoothing_factor", self.label_smoothing_factor == 0, "0: no loss here knows it")
+        by_length = getattr(self, "train_sampling_strategy", None) == "group_by_length"
+        need("train_sampling_strategy", not by_length, "random or sequential")
         need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
         need("learning_rate", self.learning_rate > 0, "a number > 0")
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")

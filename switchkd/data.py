@@ -219,7 +219,10 @@ def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
         if completion is None:
             return form, messages, ()
         if isinstance(completion, list) and completion and isinstance(completion[0], Mapping):
-            completion = _messages(record, "completion")[-1]["content"]
+            *before, last = _messages(record, "completion")
+            if last["role"] != "assistant":
+                raise ValueError("completion: expected a last message of the assistant")
+            messages, completion = (*messages, *before), last["content"]
         return form, messages, _texts(completion, "completion")
     context, answer = form.split("/")[1:]
     extra = record.get(context) or ""
@@ -282,7 +285,8 @@ def tokenize(
         if example.references:
             response = example.references[0]
             completion = tokenizer(response, add_special_tokens=False)["input_ids"]
-            completion.append(tokenizer.eos_token_id)
+            if completion[-1:] != [tokenizer.eos_token_id]:
+                completion.append(tokenizer.eos_token_id)
         if exclude is not None and _keys(example, text) in exclude:
             report.drop(f"rows that are in {exclude.source}", example.line)
         elif len(prompt) > max_prompt_length:
@@ -310,6 +314,9 @@ def rows_from(
     records: Iterable[Mapping], tokenizer, max_prompt_length: int, max_completion_length: int
 ) -> Rows:
     """Tokenised rows of a `datasets.Dataset` or a list of dicts."""
+    if isinstance(records, (str, Mapping)):
+        got = f"dataset: got {type(records).__name__}"
+        raise ValueError(f"{got}, expected a datasets.Dataset (one split) or a list of dicts")
     examples, report = examples_from(records, Report(source="dataset"))
     limits = dict(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
     return tokenize(examples, report, tokenizer, **limits)
@@ -330,10 +337,10 @@ def _template(template: str, form: str, tokenizer) -> str:
 def _prompt_text(example: Example, source: str, tokenizer, template: str) -> str:
     messages, where = example.messages, f"{source}, line {example.line}"
     if template == "chat":
+        begun = messages[-1]["role"] == "assistant"  # a response that is to be gone on with
+        how = {"continue_final_message" if begun else "add_generation_prompt": True}
         try:
-            return tokenizer.apply_chat_template(
-                example.plain, add_generation_prompt=True, tokenize=False
-            )
+            return tokenizer.apply_chat_template(example.plain, tokenize=False, **how)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"{where}: the tokenizer's chat template says: {error}") from None
     if len(messages) > 1:

@@ -77,6 +77,7 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
     if script.teacher_quantization is not None:
         quantization_config(script.teacher_quantization)
     peft_config(script)
+    checks.check_machine(config)
     if config.lm_file is not None and not Path(config.lm_file).is_file():
         raise ValueError(f"lm_file: got {config.lm_file}, expected an existing text file")
     if config.use_liger_kernel and not is_liger_kernel_available():

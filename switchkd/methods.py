@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from switchkd.names import ALIASES, hint_of
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,19 @@ def preset(name: str | None, given: Collection[str] = ()) -> dict:
 
 
 def with_methods(cls: type) -> type:
-    """Class decorator: keyword arguments that are not given default to those of `method`."""
-    init = cls.__init__
+    """Class decorator: keyword arguments that are not given default to those of `method`, and may
+    have the names that other projects give them."""
+    init, known = cls.__init__, [f.name for f in fields(cls) if f.init]
 
     @functools.wraps(init)
     def __init__(self, *args, **given):
+        for name in sorted(given.keys() - set(known)):
+            if ALIASES.get(name) not in known:
+                hint = hint_of(name, [*known, *ALIASES])
+                raise TypeError(f"{cls.__name__}: got the unknown argument {name!r}{hint}")
+            if ALIASES[name] in given:
+                raise TypeError(f"{cls.__name__}: got {ALIASES[name]} and its alias {name}")
+            given[ALIASES[name]] = given.pop(name)
         init(self, *args, **given, **preset(given.get("method"), given))
 
     cls.__init__ = __init__

@@ -104,6 +104,8 @@ def test_yaml_values_become_what_they_mean(tmp_path):
     assert (script.lora_target_modules, script.dtype) == (["q_proj"], "bfloat16")
     c = from_text(tmp_path, "eval_strategy: no\nsave_strategy: no\nsave_total_limit: null")[1]
     assert (c.eval_strategy, c.save_strategy, c.save_total_limit) == ("no", "no", None)
+    text = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5, a: inf}"
+    assert from_text(tmp_path, text)[1].lr_scheduler_kwargs == {"min_lr": 1e-5, "a": "inf"}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,9 @@ def test_yaml_values_become_what_they_mean(tmp_path):
         ("torch_dtype: [a]", r"torch_dtype: got \['a'\], expected text"),
         ("dtype: bf17", "dtype: got 'bf17', expected float32, bfloat16, float16, float64 or auto"),
         ("max_new_tokens: 4\nmax_completion_length: 4", "max_new_tokens and its alias"),
+        ("lmbda: 1\nlora_r: 3\nlmbda: 0", "not valid YAML .the key 'lmbda' is there twice"),
+        ("label_smoothing_factor: 0.1", "label_smoothing_factor: got 0.1, expected 0"),
+        ("train_sampling_strategy: group_by_length", "got 'group_by_length', expected random or"),
         ("template: alpacca", "template: got 'alpacca', expected one of auto, chat, alpaca, none"),
         ("lora_r: 8", "lora_r: got 8, expected use_peft true with it"),
         ("eval_size: 0", "eval_size: got 0, expected an integer >= 1"),
@@ -129,6 +134,17 @@ def test_yaml_values_become_what_they_mean(tmp_path):
 def test_yaml_values_that_cannot_work(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         from_text(tmp_path, text)
+
+
+def test_names_of_other_projects_in_python(tmp_path):
+    assert config(max_completion_length=7).max_new_tokens == 7
+    for given, message in (
+        ({"max_length": 9}, "'max_length' .TRL's., expected max_prompt_length and max_new_tokens"),
+        ({"swich_tau0": 1}, "'swich_tau0'; did you mean switch_tau0"),
+        ({"max_completion_length": 7, "max_new_tokens": 8}, "max_new_tokens and its alias"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            config(**given)
 
 
 def test_a_bad_flag_takes_one_line(capsys):

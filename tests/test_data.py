@@ -14,6 +14,7 @@ from switchkd.data import (
     examples_from,
     read_examples,
     read_prompts,
+    rows_from,
     text_blocks,
     tokenize,
 )
@@ -86,6 +87,42 @@ def test_chat_template_is_used_where_there_is_one(record, tokenizer):
     assert rows.report.template == "chat template"
     assert tokenizer.decode(rows.rows[0].prompt_ids) == "[user]hi[assistant]"
     assert tokenizer.decode(rows.rows[0].completion_ids) == "yo<eos>"
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def test_turns_of_a_completion_before_the_last_belong_to_the_prompt(tokenizer):
+    """And a prompt that ends in the assistant's words is gone on with."""
+    tokenizer.chat_template = CHAT
+    a, b = message("user", "a"), message("assistant", "b")
+    c, d = message("user", "c"), message("assistant", "d")
+    for record, prompt in (
+        ({"prompt": [a], "completion": [b, c, d]}, tokenizer.apply_chat_template(
+            [a, b, c], add_generation_prompt=True, tokenize=False)),
+        ({"prompt": [a, b], "completion": [d]}, tokenizer.apply_chat_template(
+            [a, b], continue_final_message=True, tokenize=False)),
+        ({"messages": [a, b, d]}, tokenizer.apply_chat_template(
+            [a, b], continue_final_message=True, tokenize=False)),
+    ):  # fmt: skip
+        (row,) = tokenized([record], tokenizer).rows
+        assert tokenizer.decode(row.prompt_ids) == prompt
+        assert row.completion_ids == [*tokenizer("d")["input_ids"], tokenizer.eos_token_id]
+    for record in ({"prompt": [a], "completion": [b, c]}, {"prompt": "a", "completion": [c]}):
+        with pytest.raises(ValueError, match="completion: expected a last message of the assist"):
+            tokenized([record], tokenizer)
+
+
+def test_an_end_that_is_there_already_is_not_doubled(tokenizer):
+    (row,) = tokenized([{"prompt": "a", "completion": "b<eos>"}], tokenizer).rows
+    assert row.completion_ids == [*tokenizer("b")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("given", ["rows.jsonl", {"train": [], "test": []}])
+def test_what_is_no_data_set_in_python_is_named(given, tokenizer):
+    with pytest.raises(ValueError, match=f"dataset: got {type(given).__name__}, expected a datas"):
+        rows_from(given, tokenizer, 9, 9)
 
 
 def test_plain_prompts_stay_as_they_are_and_may_lack_a_completion(tokenizer):

@@ -87,6 +87,8 @@ CHEAP = [
         "lr_end (0.01) must be smaller than initial lr",
     ),
     ({"report_to": "wandb"}, "report_to: got ['wandb']"),
+    ({"optim": "galore_adamw"}, "optim: got galore_adamw: "),
+    ({"fp16": "true"}, "fp16: got true on a CPU, expected a GPU, or bf16"),
     ({"use_liger_kernel": "true"}, "use_liger_kernel: needs the package liger-kernel"),
     ({"output_dir": "{}/rows.jsonl/run"}, "output_dir: cannot write to"),
 ]

@@ -1,0 +1,37 @@
+"""Names of options: other projects' for the same thing, and what an unknown one may mean."""
+
+import difflib
+from collections.abc import Iterable
+
+ALIASES = {  # other projects' names of the same thing
+    "max_completion_length": "max_new_tokens",
+    "max_prompt_len": "max_prompt_length",
+    "torch_dtype": "dtype",
+    "skew_lambda": "skew_alpha",
+    "teacher_model": "teacher_model_name_or_path",
+    "dataset": "dataset_name",
+}
+REPLACED = {  # options of TRL without a counterpart: what to give instead
+    "max_length": "max_prompt_length and max_new_tokens",
+    "model_init_kwargs": "dtype, attn_implementation, trust_remote_code",
+    "teacher_model_init_kwargs": "teacher_dtype, teacher_quantization, attn_implementation",
+    "load_in_4bit": "teacher_quantization",
+    "load_in_8bit": "teacher_quantization",
+    "chat_template_path": "template, or the tokenizer's own",
+    "dataset_text_field": "rows of prompt and completion, instruction and output, or messages",
+    "dataset_num_proc": "none: rows are tokenised in one process",
+    "packing": "none: rows are never packed",
+    "padding_free": "none: rows are padded",
+    "truncation_mode": "none: rows that are too long are left out",
+    "completion_only_loss": "none: the loss is always on the response alone",
+    "assistant_only_loss": "none: the loss is always on the response alone",
+}
+
+
+def hint_of(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by an unknown name."""
+    bare = name.removeprefix("--")
+    if bare in REPLACED:
+        return f" (TRL's), expected {REPLACED[bare]}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
