@@ -6,6 +6,7 @@ Names follow TRL's ModelConfig and ScriptArguments where those have one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from switchkd.models import EMBEDDED
 from switchkd.quantization import NAMED
@@ -19,6 +20,12 @@ def option(text: str, default=None, **flag):
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default, metadata={"help": text, **flag})
     return field(default=default, metadata={"help": text, **flag})
+
+
+def expect(options, name: str, ok: bool, expected: str) -> None:
+    """ValueError unless the option of that name is as expected."""
+    if not ok:
+        raise ValueError(f"{name}: got {getattr(options, name)!r}, expected {expected}")
 
 
 @dataclass
@@ -64,10 +71,7 @@ class ScriptArguments:
     template: str = option(f"One of {', '.join(TEMPLATES)}.", "auto")
 
     def __post_init__(self):
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
+        need = partial(expect, self)
         for name in ("dtype", "teacher_dtype"):
             value = DTYPES.get(getattr(self, name), getattr(self, name))
             need(name, value in ("auto", *DTYPES.values()), f"{', '.join(DTYPES.values())} or auto")

@@ -6,13 +6,14 @@ Names follow TRL's GKDConfig where it has one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from switchkd import calibration
-from switchkd.arguments import DTYPES, option
+from switchkd.arguments import DTYPES, expect, option
 from switchkd.distributed import check_launch
 from switchkd.methods import METHODS, with_methods
 from switchkd.mixture import FRESH_SHARE
@@ -181,10 +182,7 @@ class SwitchConfig(TrainingArguments):
         check_launch(fsdp=self.fsdp_plugin_args)
 
     def _check(self) -> None:
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
+        need = partial(expect, self)
         need("rollout_policy", self.rollout_policy in POLICIES, f"one of {POLICIES}")
         need("loss_type", self.loss_type in LOSSES, f"one of {LOSSES}")
         need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")

@@ -23,9 +23,9 @@ from urllib.parse import quote
 import torch
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from switchkd import adapters, metrics
+from switchkd.command_line import Parser
 from switchkd.data import Row, read_examples, tokenize
 from switchkd.devices import find_device
 from switchkd.evaluate_options import SETTINGS, EvalArguments, Source, find_sets
@@ -284,7 +284,7 @@ def run(args: EvalArguments, console: Console) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     console = Console()
-    parser = HfArgumentParser(EvalArguments, prog="python -m switchkd.evaluate", allow_abbrev=False)
+    parser = Parser(EvalArguments, prog="python -m switchkd.evaluate", allow_abbrev=False)
     path = None
     try:
         (args,) = parser.parse_args_into_dataclasses(argv)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from switchkd.arguments import TEMPLATES, option
+from switchkd.arguments import TEMPLATES, expect, option
 from switchkd.models import EMBEDDED
 from switchkd.records import EVALUATED
 
@@ -73,10 +74,7 @@ class EvalArguments:
     overwrite: bool = option("Forget the results that are in the JSON file.", False)
 
     def __post_init__(self):
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
+        need = partial(expect, self)
         models = self.model_name_or_path
         need("model_name_or_path", bool(models), "at least one model")
         self.labels = self.labels or list(models)

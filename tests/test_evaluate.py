@@ -246,6 +246,11 @@ def test_no_ngram_twice(model_dir, capsys):
     assert "results with no_repeat_ngram_size 0, got 6" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_bad_flag_takes_one_line(capsys):
+    assert main(["--limit", "abc"]) == 1
+    assert capsys.readouterr() == ("error: argument --limit: invalid int value: 'abc'\n", "")
+
+
 def test_responses_are_kept_apart():
     names = ("runs/a", "runs_a", "v1.5", "..", "v1.6")
     files = {responses_file("out", label, "S-NI") for label in names}
