@@ -38,6 +38,14 @@ class Parser(HfArgumentParser):
     def error(self, message: str):
         raise ValueError(re.sub(r"(argument --\w+)/[\w/-]+", r"\1", message))
 
+    def flags(self, argv: list[str]) -> set[str]:
+        """Those of a command line; ValueError for one that there is not."""
+        flags = {a.split("=")[0] for a in argv if a.startswith("--")}
+        for unknown in sorted(flags - self._option_string_actions.keys()):
+            hint = hint_of(unknown, self._option_string_actions)
+            raise ValueError(f"got the unknown option {unknown}{hint}")
+        return flags
+
 
 class Loader(yaml.SafeLoader):
     """Of two values for one key the last would win without a word."""
@@ -124,11 +132,7 @@ def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, SwitchConfig]
         epilog="Further commands: switchkd sft, evaluate, report, plan, doctor.",
     )
     parser.add_argument("--config", help="YAML file with any of these options; flags win.")
-    flags = {a.split("=")[0] for a in argv if a.startswith("--")}
-    unknown = sorted(flags - parser._option_string_actions.keys())
-    if unknown:
-        hint = hint_of(unknown[0], parser._option_string_actions)
-        raise ValueError(f"got the unknown option {unknown[0]}{hint}")
+    flags = parser.flags(argv)
     path = _value_of("--config", argv)
     if path is None and not flags & {"--model_name_or_path", "--dataset_name"}:
         path = str(DEMO)

@@ -283,10 +283,11 @@ def run(args: EvalArguments, console: Console) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    console = Console()
+    console, argv = Console(), sys.argv[1:] if argv is None else argv
     parser = Parser(EvalArguments, prog="python -m switchkd.evaluate", allow_abbrev=False)
     path = None
     try:
+        parser.flags(argv)
         (args,) = parser.parse_args_into_dataclasses(argv)
         path = args.json
         run(args, console)

@@ -249,6 +249,8 @@ def test_no_ngram_twice(model_dir, capsys):
 def test_a_bad_flag_takes_one_line(capsys):
     assert main(["--limit", "abc"]) == 1
     assert capsys.readouterr() == ("error: argument --limit: invalid int value: 'abc'\n", "")
+    assert main(["--limi=3"]) == 1
+    assert "unknown option --limi; did you mean --limit?" in capsys.readouterr().out
 
 
 def test_responses_are_kept_apart():
