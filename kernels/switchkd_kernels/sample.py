@@ -43,7 +43,8 @@ from switchkd_kernels.noise import STREAM_TOKEN
 # In blocks of 2048 a thread of 8 warps has 8 logits, one 16-byte load in bf16, and less than 128
 # registers with nothing spilled, so that two programs share a multiprocessor; blocks of 4096 take
 # more than that. Filters look at a row several times, in one program; without one it takes 50
-# registers, and few rows are split until four programs share a multiprocessor.
+# registers (98 where rows are not aligned), and few rows are split until four programs share a
+# multiprocessor.
 BLOCK, WARPS, PROGRAMS_PER_PROCESSOR = 2048, 8, 4
 
 
