@@ -30,7 +30,7 @@ from switchkd.attention import without_cudnn
 from switchkd.cache import capacity_for, check_positions
 from switchkd.engine import Engine
 from switchkd.ngrams import without_repeats
-from switchkd.padding import by_length
+from switchkd.padding import by_length, pad_history
 from switchkd.policies import Policy, Student
 from switchkd.rollout import (
     Rollout,
@@ -394,11 +394,3 @@ def rollout(
         if on_step is not None:
             on_step(written, left)
     return record.rollout(time.perf_counter() - start)
-
-
-def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> Tensor | None:
-    """(P, width) tokens, -1 after the end of each; None if there are none."""
-    if not any(earlier):
-        return None
-    padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
-    return torch.tensor(padded, device=device)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def by_length(lengths: Sequence[int], pass_cost: float) -> list[list[int]]:
     """Indices of the rows that had best share a pass, longest first; none of length 0.
@@ -27,3 +30,11 @@ def by_length(lengths: Sequence[int], pass_cost: float) -> list[list[int]]:
         groups.append(order[start[end] : end])
         end = start[end]
     return groups[::-1]
+
+
+def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> Tensor | None:
+    """(P, width) tokens, -1 after the end of each; None if there are none."""
+    if not any(earlier):
+        return None
+    padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
+    return torch.tensor(padded, device=device)
