@@ -303,7 +303,8 @@ def tokenize(
 
 def read_prompts(source: str, tokenizer, template: str, skip_malformed: bool = False) -> Prompts:
     """The prompts of a data set, of the split to evaluate on where it has several."""
-    examples, report = read_examples(source, split=EVALUATED, skip_malformed=skip_malformed)
+    splits = (*EVALUATED, "train")  # many a test set on the Hub has that one alone
+    examples, report = read_examples(source, split=splits, skip_malformed=skip_malformed)
     template = _template(template, report.form, tokenizer)
     texts = (_prompt_text(e, report.source, tokenizer, template) for e in examples)
     known = (key for e, text in zip(examples, texts, strict=True) for key in _keys(e, text))

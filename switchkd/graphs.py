@@ -2,7 +2,8 @@
 
 A graph reads and writes fixed memory. Inputs are copied in; outputs are copied to places that all
 graphs here share, as they share one pool for what is between, and stay valid until the next call of
-any: a graph of its own logits would keep 10 MB for 32 rows of 152k, and there are hundreds.
+any: logits of its own would cost a graph 10 MB for 32 rows of 152k and one token, and there is one
+for each number of rows, block length and reach.
 Elsewhere than on a CUDA device the functions are just called.
 """
 

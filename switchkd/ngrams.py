@@ -13,6 +13,8 @@ def without_repeats(logits: Tensor, text: Tensor, end: Tensor, size: int) -> Ten
 
     text: (n, L) tokens, -1 where there is none. end: (n,), the tokens before which count.
     """
+    if text.shape[1] < size:
+        return logits
     before = end[:, None] + torch.arange(1 - size, 0, device=text.device)  # the last size - 1
     last = text.gather(1, before.clamp(min=0))
     seen = text.unfold(1, size, 1)

@@ -75,8 +75,6 @@ def _read_hub(name: str, splits: Sequence[str]) -> tuple[str, Iterable[Mapping]]
 
     try:
         there = splits if len(splits) == 1 else get_dataset_split_names(name)
-        if len(there) == 1 < len(splits):
-            splits = there  # the only one is what was meant
         split = next((split for split in splits if split in there), None)
         if split is not None:
             return f"{name} [{split}]", load_dataset(name, split=split)

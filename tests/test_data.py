@@ -224,13 +224,12 @@ def test_hub_datasets_are_read_through_datasets(tmp_path):
     assert report.left_out == {"rows with an empty response": [2]}
     with pytest.raises(ValueError, match=r"cannot load .*absent"):
         read_examples(str(tmp_path), split="absent")
-    _, report = read_examples(str(tmp_path), split=("test", "valid"))
-    assert report.source.endswith("[train]")  # the only one
+    with pytest.raises(ValueError, match=r"with the splits train, expected test or valid"):
+        read_examples(str(tmp_path), split=("test", "valid"))
+    assert read_prompts(str(tmp_path), byte_tokenizer(), "auto").source.endswith("[train]")
     write(tmp_path / "validation.jsonl", [ALPACA])
     _, report = read_examples(str(tmp_path), split=("test", "validation"))
     assert report.source.endswith("[validation]")
-    with pytest.raises(ValueError, match=r"with the splits train, validation, expected test or b"):
-        read_examples(str(tmp_path), split=("test", "b"))
 
 
 def test_empty_and_missing_data_are_refused(tmp_path, tokenizer):
