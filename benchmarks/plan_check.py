@@ -25,7 +25,22 @@ import tempfile
 import time
 from pathlib import Path
 
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import torch
+import transformers
 from rich.console import Console
+
+from benchmarks.timing import commit, forget_resident_peak, resident
+from switchkd.command_line import parse
+from switchkd.data import Example, Report, Row, Rows
+from switchkd.devices import processor_name
+from switchkd.loading import load_models, load_tokenizers, peft_config
+from switchkd.models import load_model, load_tokenizer
+from switchkd.plan import make_plan
+from switchkd.plan_speed import probe
+from switchkd.trainer import SwitchTrainer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMMON = {
@@ -62,28 +77,15 @@ def flags(options: dict) -> list[str]:
     return [x for key, value in options.items() for x in (f"--{key}", *str(value).split(" "))]
 
 
-def memory(field: str) -> int:
-    """VmHWM or VmRSS of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def child(options: dict) -> dict:
     """Train, and tell what it took."""
     with tempfile.TemporaryDirectory() as folder:
         small = {"student_layers": "0", "max_prompt_length": 8, "max_new_tokens": 8,
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # fmt: skip
         train(options | EMBEDDED | small | {"output_dir": folder}, None)
-        before = memory("VmRSS")
-        seconds = []
-
-        def begin():
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-
-        logs = train(options | {"output_dir": folder}, begin, seconds)
-        peak = memory("VmHWM") - before
+        before, seconds = resident("VmRSS"), []
+        logs = train(options | {"output_dir": folder}, forget_resident_peak, seconds)
+        peak = resident("VmHWM") - before
     rollouts = [log.get("time/rollout", 0.0) for log in logs]
     steady = slice(1, None)  # the first step allocates
     return {
@@ -95,14 +97,8 @@ def child(options: dict) -> dict:
 
 def train(options: dict, begin, seconds: list | None = None) -> list[dict]:
     """One run on rows of random ids, all at their limits."""
-    from transformers import TrainerCallback
 
-    from switchkd.command_line import parse
-    from switchkd.data import Example, Report, Row, Rows
-    from switchkd.loading import load_models, load_tokenizers, peft_config
-    from switchkd.trainer import SwitchTrainer
-
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             self.last = time.perf_counter()
 
@@ -140,10 +136,6 @@ def train(options: dict, begin, seconds: list | None = None) -> list[dict]:
 
 def check(name: str, options: dict, allocator: str) -> dict:
     """One case, planned and run."""
-    from switchkd.command_line import parse
-    from switchkd.plan import make_plan
-    from switchkd.plan_speed import probe
-
     for variable in RETURNED:
         os.environ.pop(variable, None)
     if allocator == "mmap":  # of the training, and the plan is to know
@@ -173,26 +165,17 @@ def check(name: str, options: dict, allocator: str) -> dict:
 
 def machine() -> dict:
     """Where and with what this was measured."""
-    import torch
-    import transformers
-
-    from switchkd.devices import processor_name
-
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "device": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
 
 
 def dense_smollm2(folder: str) -> str:
     """The GGUF file as safetensors in float32, so that loading is not what takes most."""
-    from switchkd.models import load_model, load_tokenizer
-
     source = os.environ["SWITCHKD_SMOLLM2"]
     load_model(source, gguf_file=GGUF, dtype="float32").save_pretrained(folder)
     load_tokenizer(source, gguf_file=GGUF).save_pretrained(folder)
