@@ -50,12 +50,15 @@ PASS_COST = 16  # of a forward pass on a CPU, in tokens of prefill
 class _Decoder:
     """One round after another over the slots."""
 
-    def __init__(self, engine: Engine, slots: Slots, record: Record, history=None, **options):
+    def __init__(
+        self, engine: Engine, slots: Slots, record: Record, history: Tensor | None, *,
+        sampling: Sampling, vocab_size: int | None, eos: Tensor, max_new_tokens: int,
+        keep_hidden: bool,
+    ):  # fmt: skip
         self.engine, self.slots, self.record, self.history = engine, slots, record, history
         self.models, self.planner, self.graphs = engine.models, engine.planner, engine.graphs
-        self.policy, self.sampling = options["policy"], options["sampling"]
-        self.vocab_size, self.eos = options["vocab_size"], options["eos"]
-        self.max_new_tokens, self.keep_hidden = options["max_new_tokens"], options["keep_hidden"]
+        self.policy, self.sampling, self.vocab_size = slots.policy, sampling, vocab_size
+        self.eos, self.max_new_tokens, self.keep_hidden = eos, max_new_tokens, keep_hidden
         self.round_cost = 0.0  # of the last one, as the planner saw it
 
     def prefill(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
@@ -360,7 +363,7 @@ def rollout(
     earlier = [list(tokens or ())[:max_new_tokens] for tokens in history or ()]
     decoder = _Decoder(
         engine, slots, record, pad_history(earlier, capacity, device),
-        policy=policy, sampling=sampling, vocab_size=vocab_size,
+        sampling=sampling, vocab_size=vocab_size,
         eos=torch.as_tensor(list(eos_token_ids), dtype=torch.int64, device=device),
         max_new_tokens=max_new_tokens, keep_hidden=keep_hidden,
     )  # fmt: skip
