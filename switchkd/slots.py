@@ -17,22 +17,20 @@ class Record:
 
     def __init__(self, prompts: int, width: int, pad: int, device: torch.device):
         # One column more than a row can need: where what was drafted in vain is put.
-        nan = torch.full((prompts, width + 1), float("nan"), device=device)
-        self.width, self.row_rounds = width, 0
+        self.shape, self.row_rounds = (prompts, width + 1), 0
         self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
         self.columns = {
-            "token": torch.full((prompts, width + 1), pad, device=device),
-            "from_teacher": torch.zeros_like(nan, dtype=torch.bool),
+            "token": torch.full(self.shape, pad, device=device),
+            "from_teacher": torch.zeros(self.shape, dtype=torch.bool, device=device),
         }
-        self.nan = nan
 
     def write(self, job: Tensor, positions: Tensor, gained: Tensor, values: dict) -> None:
         """values: name to (n, k) or (n, k, H), at the response positions (n, k) of n prompts."""
         place = torch.arange(positions.shape[1], device=positions.device)
-        column = torch.where(place < gained[:, None], positions, self.width)
+        column = torch.where(place < gained[:, None], positions, self.shape[1] - 1)
         for name, value in values.items():
             if name not in self.columns:
-                shape = (*self.nan.shape, *value.shape[2:])
+                shape = (*self.shape, *value.shape[2:])
                 self.columns[name] = value.new_full(shape, float("nan"))
             store = self.columns[name]
             store[job[:, None], column] = value.to(store.dtype)
