@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import switchkd_kernels as kernels
 import torch
 from rich.console import Console
@@ -49,9 +50,7 @@ def versions() -> dict[str, str]:
 
 def devices() -> list[dict]:
     """The CPU and every GPU: name and memory in GiB."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    memory = psutil.virtual_memory().total / 2**30
     name = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found = [{"device": "cpu", "name": name, "gib": memory}]
     for i in range(torch.cuda.device_count()):
@@ -323,8 +322,7 @@ def show(report: dict, console: Console) -> None:
     for name, version in report["versions"].items():
         table.add_row(name, version)
     for one in report["devices"]:
-        memory = "" if one["gib"] is None else f", {one['gib']:.0f} GiB"
-        table.add_row(one["device"], one["name"] + memory)
+        table.add_row(one["device"], f"{one['name']}, {one['gib']:.0f} GiB")
     console.print(table)
 
     table = Table("backend", "usable", title=f"backends on {report['device']}")
