@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def _loss_error(run: Callable, want: Callable, teacher: Tensor, student: Tensor)
     """Of the values of rows and of the gradient of their sum."""
     double = student.double().requires_grad_()
     student = student.clone().requires_grad_()
-    exact, got = want(teacher.double(), double), run(teacher, student)
+    exact = want(teacher.double(), double, vocab_size=VOCAB)
+    got = run(teacher, student, vocab_size=VOCAB)
     exact.sum().backward()
     got.sum().backward()
     grads = (x.grad[:, :VOCAB] for x in (student, double))
@@ -161,22 +163,16 @@ def _loss_error(run: Callable, want: Callable, teacher: Tensor, student: Tensor)
 
 
 def check_jsd(impl: str, teacher: Tensor, student: Tensor) -> tuple[float, None]:
-    run = lambda p, q: kernels.jsd(p, q, vocab_size=VOCAB, impl=impl)  # noqa: E731
-    want = lambda p, q: reference.jsd(p, q, vocab_size=VOCAB)  # noqa: E731
-    return _loss_error(run, want, teacher, student), None
+    run = partial(kernels.jsd, impl=impl)
+    return _loss_error(run, reference.jsd, teacher, student), None
 
 
 def check_divergence_loss(impl: str, teacher: Tensor, student: Tensor) -> tuple[float, None]:
     errors = []
     for kind in reference.KINDS:
-        options = {"kind": kind, "beta": 0.3, "reduction": "none", "vocab_size": VOCAB}
-
-        def run(p, q, options=options):
-            return kernels.divergence_loss(p, q, impl=impl, **options)
-
-        def want(p, q, options=options):
-            return reference.divergence_loss(p, q, **options)
-
+        options = {"kind": kind, "beta": 0.3, "reduction": "none"}
+        run = partial(kernels.divergence_loss, impl=impl, **options)
+        want = partial(reference.divergence_loss, **options)
         errors.append(_loss_error(run, want, teacher, student))
     return worst(errors), None
 
