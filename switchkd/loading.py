@@ -27,7 +27,7 @@ from switchkd.quantization import quantization_config
 from switchkd.rollout import check_lengths
 
 
-def _student(script: ScriptArguments) -> dict:
+def student_place(script: ScriptArguments) -> dict:
     """Where the student is, for the functions of `switchkd.models` that load something."""
     return {
         "name": script.model_name_or_path,
@@ -37,7 +37,7 @@ def _student(script: ScriptArguments) -> dict:
     }
 
 
-def _teacher(script: ScriptArguments, config: SwitchConfig) -> dict | None:
+def teacher_place(script: ScriptArguments, config: SwitchConfig) -> dict | None:
     """Where the teacher is; None if it is not needed or the student's base."""
     if script.teacher_model_name_or_path is None:
         if config.needs_teacher and not config.teacher_is_base:
@@ -58,7 +58,7 @@ def _teacher(script: ScriptArguments, config: SwitchConfig) -> dict | None:
 
 def load_tokenizers(script: ScriptArguments, config: SwitchConfig) -> tuple:
     """(the student's, the teacher's or None); ValueError if their tokens differ."""
-    mine, place = load_tokenizer(**_student(script)), _teacher(script, config)
+    mine, place = load_tokenizer(**student_place(script)), teacher_place(script, config)
     if place is None:
         return mine, None
     theirs = load_tokenizer(**place)
@@ -68,7 +68,7 @@ def load_tokenizers(script: ScriptArguments, config: SwitchConfig) -> tuple:
 
 def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
     """Refuse what the models' configurations, or the packages that are here, cannot serve."""
-    student, teacher = load_config(**_student(script)), _teacher(script, config)
+    student, teacher = load_config(**student_place(script)), teacher_place(script, config)
     if script.student_layers is not None:
         parse_layers(script.student_layers, student.get_text_config().num_hidden_layers)
     response = max(config.max_new_tokens, script.max_response_length or 0)
@@ -134,7 +134,7 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
         valid = tokenize(held_out, eval_report, tokenizer, **options, exclude=exclude)
     train = tokenize(examples, report, tokenizer, **options, exclude=exclude)
     checks.check_responses(train, config.lmbda)
-    has_teacher = config.teacher_is_base or _teacher(script, config) is not None
+    has_teacher = config.teacher_is_base or teacher_place(script, config) is not None
     checks.check_validation(valid, config, has_teacher)
     return train, valid
 
@@ -144,10 +144,10 @@ def load_models(script: ScriptArguments, config: SwitchConfig) -> tuple:
     options = {}
     if script.attn_implementation is not None:
         options["attn_implementation"] = script.attn_implementation
-    student = load_model(**_student(script), dtype=script.dtype, **options)
+    student = load_model(**student_place(script), dtype=script.dtype, **options)
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
-    place = _teacher(script, config)
+    place = teacher_place(script, config)
     if place is None:
         return student, None
     if script.teacher_quantization is not None:

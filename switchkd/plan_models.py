@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
-from switchkd.loading import peft_config
+from switchkd.loading import peft_config, student_place, teacher_place
 from switchkd.models import checkpoint_activations, cut_layers, disable_dropout, load_config
 from switchkd.rollout import check_lengths
 
@@ -39,23 +39,12 @@ class Pair:
 def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
     """Raises ValueError as loading would: unknown models, layers, lengths, dtypes."""
     notes: list[str] = []
-    name, gguf = script.model_name_or_path, script.gguf_file
-    mine = _config(script, name, gguf, script.model_revision, "student", notes)
-    theirs = None
-    shared = bool(getattr(config, "teacher_is_base", False))
-    if script.teacher_model_name_or_path is not None and not shared:
-        theirs = _config(
-            script, script.teacher_model_name_or_path, script.teacher_gguf_file,
-            script.teacher_model_revision, "teacher", notes,
-        )  # fmt: skip
-    elif config.needs_teacher and not shared:
-        raise ValueError(
-            "teacher_model_name_or_path: got None, expected a teacher "
-            f"(rollout_policy {config.rollout_policy}, loss_type {config.loss_type})"
-        )
-    if getattr(script, "teacher_quantization", None) is not None:
+    mine = _config(student_place(script), "student", notes)
+    place, shared = teacher_place(script, config), config.teacher_is_base
+    theirs = None if place is None or shared else _config(place, "teacher", notes)
+    if script.teacher_quantization is not None:
         notes.append("the quantised teacher is counted as if it were not")
-    dtype = _dtype(script.dtype, mine, gguf)
+    dtype = _dtype(script.dtype, mine, script.gguf_file)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):  # adapters cannot be added to fake tensors
         student = _student(script, config, mine, dtype, trained=True)
@@ -103,15 +92,10 @@ def to_fake(model: nn.Module) -> None:
                 store[name] = made[id(tensor)]
 
 
-def _config(script, name, gguf_file, revision, role, notes):
-    config = load_config(
-        name,
-        gguf_file=gguf_file,
-        revision=revision,
-        trust_remote_code=script.trust_remote_code,
-    )
+def _config(place: dict, role: str, notes: list[str]):
+    config = load_config(**place)
     quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and gguf_file is None:
+    if quantised is not None and place["gguf_file"] is None:
         method = dict(quantised).get("quant_method", "unknown")
         notes.append(f"the {role} is quantised ({method}) and counted as if it were not")
         del config.quantization_config
