@@ -62,10 +62,6 @@ def returns_memory() -> bool:
     return not sys.platform.startswith("linux") or any(name in os.environ for name in RETURNS)
 
 
-def validates(config: SwitchConfig) -> bool:
-    return str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
-
-
 @dataclass(frozen=True)
 class Sizes:
     """What a plan may choose: rows of a micro-batch, micro-batches a step, rows decoded at once."""
@@ -132,7 +128,8 @@ class Memory:
         pair, config = self.pair, self.config
         part = self.processes if self.sharded else 1
         trained = sum(p.nbytes for p in pair.student.parameters() if p.requires_grad)
-        student, decodes = weight_bytes(pair.student), config.lmbda > 0 or validates(config)
+        student = weight_bytes(pair.student)
+        decodes = config.lmbda > 0 or config.eval_strategy != "no"
         copied = weight_bytes(pair.decoding) if pair.copied else student if self.sharded else 0
         teacher = 0 if pair.teacher is None or pair.shared_base else weight_bytes(pair.teacher)
         bucket = trained if self.processes > 1 and not self.sharded else 0  # DDP's copy
