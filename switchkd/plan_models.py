@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from switchkd import adapters
 from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
 from switchkd.loading import peft_config, student_place, teacher_place
@@ -132,13 +133,11 @@ def _student(script, config: SwitchConfig, model_config, dtype, *, trained: bool
         cut_layers(model, script.student_layers)
     if not trained:
         return model.eval().requires_grad_(False)
-    adapter = peft_config(script)
-    if adapter is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, adapter)
     if config.disable_dropout:
         disable_dropout(model)
+    adapter = peft_config(script)
+    if adapter is not None:
+        model = adapters.add(model, adapter, config.seed)
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
     return model.train()

@@ -162,10 +162,11 @@ def test_optimizer_state_by_name():
 
 
 def test_a_frozen_model_has_no_gradients(folder):
-    memory = memory_of(folder, use_peft="true", lora_r=3, lora_target_modules="q_proj")
-    adapter = L * 3 * (H + H)
-    assert memory.fixed["gradients"] == 4 * adapter
-    assert memory.fixed["optimizer state"] == 8 * adapter
+    options = dict(use_peft="true", lora_r=3, lora_target_modules="q_proj")
+    memory, dropping = (memory_of(folder, **options, lora_dropout=p) for p in (0, 0.5))
+    assert dropping.training_peak(4, 1) > memory.training_peak(4, 1)
+    adapter, fixed = L * 3 * (H + H), memory.fixed
+    assert (fixed["gradients"], fixed["optimizer state"]) == (4 * adapter, 8 * adapter)
     whole = memory_of(folder)
     assert memory.peak(memory.asked) < whole.peak(whole.asked)
 
@@ -368,6 +369,7 @@ def test_the_command_reads_no_weights_and_no_network(folder, monkeypatch, capsys
         ({"teacher_model_name_or_path": "absent/t"}, "cannot load the model 'absent/t'"),
         ({"student_layers": "0-7"}, "expected rising layer numbers from 0 to 1"),
         ({"max_new_tokens": 4000}, "need 4016 positions, expected at most 128"),
+        ({"use_peft": True, "lora_target_modules": "lm_head"}, "got the output head, expected"),
         ({"dtype": "float33"}, "dtype: got 'float33', expected float32"),
         ({"per_device_train_batch_sise": 4}, "unknown option --per_device_train_batch_sise"),
         ({"device_memory": "much"}, "device_memory: got 'much', expected a size such as"),
