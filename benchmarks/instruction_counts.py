@@ -19,7 +19,6 @@ mufu.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections import Counter
@@ -43,6 +42,7 @@ from benchmarks.machine_code import (
     parse_sass,
     shortest_turn,
 )
+from benchmarks.timing import write_csv
 
 TABLE = Path(__file__).parent / "results" / "instruction_counts.csv"
 NVIDIA = [name for name, target in kr.TARGETS.items() if target.backend == "cuda"]
@@ -133,10 +133,7 @@ def main(argv=None) -> int:
     rows = measured(args.op, args.target, args.only, args.jobs)
     show(rows)
     if args.table or (args.op == list(kr.CALLS) and args.target == ["sm_90"] and not args.only):
-        with open(args.table or TABLE, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.table or TABLE, COLUMNS, rows)
     return 0
 
 

@@ -46,6 +46,7 @@ from benchmarks.machine_code import (
     parse_sass,
     parse_usage,
 )
+from benchmarks.timing import write_csv
 
 TABLE = Path(__file__).parent / "results" / "kernel_resources.csv"
 TARGETS = {
@@ -243,13 +244,6 @@ def read_table(path: Path) -> dict[tuple, dict]:
     return {tuple(row[name] for name in KEY): row for row in csv.DictReader(lines)}
 
 
-def write_table(path: Path, rows: dict[tuple, dict]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, (*KEY, *RESOURCES, "triton"), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(rows.items()))
-
-
 def show(rows) -> None:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -301,7 +295,9 @@ def main(argv=None) -> int:
             if int(before) != row["registers"]:
                 print(f"{' '.join(key)}: {before} -> {row['registers']} registers")
     else:
-        write_table(args.table, {key: table[key] for key in table.keys() - old} | rows)
+        rows |= {key: table[key] for key in table.keys() - old}
+        columns = (*KEY, *RESOURCES, "triton")
+        write_csv(args.table, columns, (row for _, row in sorted(rows.items())))
     print(*found, sep="\n")
     return int(args.check and bool(found))
 

@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -329,10 +330,12 @@ def main(argv=None) -> int:
 
 
 def save(args: argparse.Namespace, rows: list[Row]) -> None:
+    """With all digits of a number."""
+    found = [asdict(row) for row in rows]
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, found)
     if args.csv:
-        write_csv(args.csv, rows)
+        write_csv(args.csv, found[0], found)
 
 
 if __name__ == "__main__":

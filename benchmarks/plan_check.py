@@ -14,7 +14,6 @@ SmolLM2-135M-Instruct.Q4_1.gguf; without it, its cases are left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -32,7 +31,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from benchmarks.timing import commit, forget_resident_peak, resident
+from benchmarks.timing import commit, forget_resident_peak, resident, write_csv
 from switchkd.command_line import parse
 from switchkd.data import Example, Report, Row, Rows
 from switchkd.devices import processor_name
@@ -213,10 +212,7 @@ def main() -> int:
                 f"a step {row['predicted_s']} s predicted, {row['measured_s']} measured"
             )
             if args.csv:
-                with open(args.csv, "w", newline="") as file:
-                    writer = csv.DictWriter(file, row, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_csv(args.csv, row, rows)
     return 0
 
 

@@ -9,7 +9,6 @@ Draws of few rows are timed as the replay of a CUDA graph, so that no launch is 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import re
@@ -27,7 +26,15 @@ from rich.table import Table
 
 from benchmarks.kernel_cases import DRAWS, Case, differs, expected, inputs, leaves, ours
 from benchmarks.kernels import FEW_ROWS
-from benchmarks.timing import Timer, Times, captured, describe, dtype_name, open_device
+from benchmarks.timing import (
+    Timer,
+    Times,
+    captured,
+    describe,
+    dtype_name,
+    open_device,
+    write_csv,
+)
 
 OPS = ("switch_select", "sample", "divergence_loss")
 CANDIDATES = {  # by the end of a constant's name
@@ -152,16 +159,9 @@ def main(argv=None) -> int:
                 table.add_row(op, f"{rows} x {vocab}", spell(best), *cells)
                 console.print(f"{op} {rows} x {vocab}: {spell(best)}", highlight=False)
                 if args.csv:
-                    write(args.csv, points)
+                    write_csv(args.csv, COLUMNS, points)
     console.print(table)
     return 0
-
-
-def write(path: str, points: list[dict]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(points)
 
 
 if __name__ == "__main__":

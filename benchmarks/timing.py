@@ -19,8 +19,8 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,19 +51,15 @@ class Row:
     device: str = ""
 
 
-FIELDS = tuple(field.name for field in fields(Row))
+def write_json(path: str, rows: list[dict]) -> None:
+    Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def write_json(path: str, rows: Sequence[Row]) -> None:
-    text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def write_csv(path: str, rows: Sequence[Row]) -> None:
+def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -280,9 +276,7 @@ def flat(value):
 def save(args: argparse.Namespace, rows: list[dict]) -> None:
     """To the files of --json and --csv, where given."""
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     if args.csv:
-        with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(rows[0])
-            writer.writerows([flat(value) for value in row.values()] for row in rows)
+        cells = ({name: flat(value) for name, value in row.items()} for row in rows)
+        write_csv(args.csv, rows[0], cells)
