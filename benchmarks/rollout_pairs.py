@@ -136,7 +136,7 @@ def load_pair(
     models: folder of what `smollm2` is loaded from; data: where its prompts are from, and those of
     `embedded`. Shaped pairs without known knobs are tuned.
     """
-    check_name(name)
+    check_name(name, models)
     if name in SHAPES:
         pair = shaped_pair(name, count, dtype, device)
         if tune_again or name not in KNOBS:
@@ -150,9 +150,12 @@ def load_pair(
     return pair
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, models: str | None) -> None:
+    """Refuse a name that there is not, and one whose models are not said to be anywhere."""
     if name not in NAMES:
         raise ValueError(f"pair: got {name!r}, expected one of {', '.join(NAMES)}")
+    if name == "smollm2" and models is None:
+        raise ValueError("--pair smollm2: got no folder, expected --models DIR with the GGUF")
 
 
 def loaded_pair(

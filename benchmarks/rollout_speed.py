@@ -315,9 +315,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[str | None]:
         return [None]
     usual = ["embedded"] + ["gpt2-xl", "qwen2.5-1.5b"] * (device.type == "cuda")
     for name in args.pair or usual:
-        pairs.check_name(name)
-        if name == "smollm2" and args.models is None:
-            raise ValueError("--pair smollm2: got no folder, expected --models DIR with the GGUF")
+        pairs.check_name(name, args.models)
     return args.pair or usual
 
 

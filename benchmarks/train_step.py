@@ -268,11 +268,7 @@ def parse(argv=None) -> argparse.Namespace:
             raise ValueError("clock: got cpu for a GPU, expected wall: its time is that of events")
         args.pair = args.pair or (["gpt2-xl", "qwen2.5-1.5b"] if gpu else ["embedded"])
         for name in args.pair:
-            pairs.check_name(name)
-            if name == "smollm2" and args.models is None:
-                raise ValueError(
-                    "--pair smollm2: got no folder, expected --models DIR with the GGUF"
-                )
+            pairs.check_name(name, args.models)
         defaults = {"max_new_tokens": 16 if args.quick else 96,
                     "repeats": 1 if args.quick else 10 if gpu else 5}  # fmt: skip
         for name in ("batch", "micro_batches", *defaults):
