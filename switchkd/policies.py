@@ -23,7 +23,8 @@ from torch import Tensor
 SCHEDULES = ("exponential", "linear", "constant", "growth", "random", "mix-in", "sequence")
 
 
-def _require(ok: bool, name: str, got, expected: str) -> None:
+def require(ok: bool, name: str, got, expected: str) -> None:
+    """ValueError unless `ok`, saying what the option `name` is and what is expected."""
     if not ok:
         raise ValueError(f"{name}: got {got!r}, expected {expected}")
 
@@ -102,13 +103,13 @@ class Switch(Policy):
     base: int | str = 2
 
     def __post_init__(self):
-        _require(self.schedule in SCHEDULES, "switch_schedule", self.schedule, str(SCHEDULES))
-        _require(self.tau0 > 0, "switch_tau0", self.tau0, "a number > 0")
-        _require(self.decay >= 0, "switch_lambda", self.decay, "a number >= 0")
-        _require(0 <= self.rate <= 1, "switch_rate", self.rate, "a probability in [0, 1]")
-        _require(self.tau_min >= 0, "switch_tau_min", self.tau_min, "a number >= 0")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.base in (2, "e"), "jsd_base", self.base, "2 or e")
+        require(self.schedule in SCHEDULES, "switch_schedule", self.schedule, str(SCHEDULES))
+        require(self.tau0 > 0, "switch_tau0", self.tau0, "a number > 0")
+        require(self.decay >= 0, "switch_lambda", self.decay, "a number >= 0")
+        require(0 <= self.rate <= 1, "switch_rate", self.rate, "a probability in [0, 1]")
+        require(self.tau_min >= 0, "switch_tau_min", self.tau_min, "a number >= 0")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.base in (2, "e"), "jsd_base", self.base, "2 or e")
 
     def threshold(self, state, seed, sequence_ids, positions):
         t, T = positions.double(), float(self.max_new_tokens)
@@ -145,11 +146,11 @@ class AdaSwitch(Policy):
     metric = "kl"
 
     def __post_init__(self):
-        _require(self.K is not None and self.K > 0, "adaswitch_k", self.K, "a number > 0")
-        _require(self.L is not None and self.L >= 1, "adaswitch_window", self.L, "an integer >= 1")
-        _require(self.floor >= 0, "adaswitch_floor", self.floor, "a number >= 0")
+        require(self.K is not None and self.K > 0, "adaswitch_k", self.K, "a number > 0")
+        require(self.L is not None and self.L >= 1, "adaswitch_window", self.L, "an integer >= 1")
+        require(self.floor >= 0, "adaswitch_floor", self.floor, "a number >= 0")
         warm_up_ok = self.warm_up is None or self.warm_up >= 1
-        _require(warm_up_ok, "adaswitch_warm_up", self.warm_up, "an integer >= 1")
+        require(warm_up_ok, "adaswitch_warm_up", self.warm_up, "an integer >= 1")
 
     def start(self, rows, device):
         return {
@@ -188,7 +189,7 @@ class SKD(Policy):
     metric = "rank"
 
     def __post_init__(self):
-        _require(self.top_k >= 1, "skd_top_k", self.top_k, "an integer >= 1")
+        require(self.top_k >= 1, "skd_top_k", self.top_k, "an integer >= 1")
 
     def threshold(self, state, seed, sequence_ids, positions):
         return torch.full_like(positions, self.top_k - 1, dtype=torch.float64)

@@ -25,7 +25,7 @@ from torch import Tensor
 from switchkd.attention import without_cudnn
 from switchkd.models import cache_name, last_position
 from switchkd.ngrams import without_repeats
-from switchkd.policies import Policy, Student
+from switchkd.policies import Policy, Student, require
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,12 @@ class Sampling:
 
     def __post_init__(self):
         for name in ("teacher_temperature", "student_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number >= 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: got {self.top_k}, expected 0 (off) or a positive integer")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p: got {self.min_p}, expected a number in [0, 1)")
-        if self.no_repeat_ngram < 0:
-            got = f"no_repeat_ngram: got {self.no_repeat_ngram}"
-            raise ValueError(f"{got}, expected 0 (off) or a positive integer")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        for name in ("top_k", "no_repeat_ngram"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "0 (off) or a positive integer")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        require(0 <= self.min_p < 1, "min_p", self.min_p, "a number in [0, 1)")
 
     @property
     def filtered(self) -> bool:
