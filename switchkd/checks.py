@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import Trainer
@@ -34,7 +36,9 @@ def check_arguments(model, args, others: dict) -> None:
 
 
 def check_machine(args: SwitchConfig) -> None:
-    """Refuse what this machine, or the packages that are here, cannot do."""
+    """Refuse what this machine, or the packages and files that are here, cannot do."""
+    if args.lm_file is not None and not Path(args.lm_file).is_file():
+        raise ValueError(f"lm_file: got {args.lm_file}, expected an existing text file")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: got true on a CPU, expected a GPU, or bf16")
     try:

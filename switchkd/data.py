@@ -362,10 +362,7 @@ def _keys(example: Example, text: str) -> tuple:
 
 def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
     """A text file as token ids (blocks, width), for the extra language-model loss."""
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"lm_file: got {path}, expected an existing text file")
-    ids = tokenizer("".join(lines_of(path)), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("".join(lines_of(Path(file))), add_special_tokens=False)["input_ids"]
     blocks = len(ids) // width
     if blocks == 0:
         raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")

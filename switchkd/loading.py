@@ -4,7 +4,6 @@ as it can be told."""
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from transformers import get_scheduler
@@ -78,8 +77,6 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
         quantization_config(script.teacher_quantization)
     peft_config(script)
     checks.check_machine(config)
-    if config.lm_file is not None and not Path(config.lm_file).is_file():
-        raise ValueError(f"lm_file: got {config.lm_file}, expected an existing text file")
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel: needs the package liger-kernel")
     try:
