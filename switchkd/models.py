@@ -144,6 +144,12 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
 
 
+def layers_in(model: nn.Module) -> nn.ModuleList:
+    """The layers of its decoder, whatever an architecture calls their list."""
+    lists = (m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList))
+    return next(lists, nn.ModuleList())
+
+
 def parse_layers(text: str, count: int) -> list[int]:
     """'0-2,5' -> [0, 1, 2, 5], checked against a model of `count` layers."""
     layers: list[int] = []

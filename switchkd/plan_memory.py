@@ -14,7 +14,7 @@ from torch import nn
 
 from switchkd.cache import capacity_for, position_bytes
 from switchkd.config import SwitchConfig
-from switchkd.models import decoder_of
+from switchkd.models import layers_in
 from switchkd.plan_meter import (
     Loss,
     Phase,
@@ -222,8 +222,7 @@ class Memory:
         """FSDP: the layer at work and the next are whole."""
         if not self.sharded:
             return 0
-        layers = [m for m in decoder_of(self.pair.student).modules() if hasattr(m, "self_attn")]
-        return 2 * max((weight_bytes(layer) for layer in layers), default=0)
+        return 2 * max(map(weight_bytes, layers_in(self.pair.student)), default=0)
 
     # -------------------------------------------------------------------- decoding
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from switchkd.cache import CachedModel, check_architecture
 from switchkd.doctor import median_seconds
-from switchkd.models import decoder_of
+from switchkd.models import layers_in
 from switchkd.plan_memory import Memory, weight_bytes
 from switchkd.plan_meter import Shape
 from switchkd.planner import BLOCKS
@@ -39,8 +39,7 @@ def layers_of(model: nn.Module) -> int:
 def fits(memory: Memory, role: str, free: int) -> bool:
     """Whether there is room for two layers of a model and their gradients."""
     model = memory.pair.student if role == "student" else memory.decoders[role]
-    layer = next(m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList))[0]
-    small = weight_bytes(model) - (layers_of(model) - 2) * weight_bytes(layer)
+    small = weight_bytes(model) - (layers_of(model) - 2) * weight_bytes(layers_in(model)[0])
     return 3 * small < free
 
 

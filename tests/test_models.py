@@ -16,6 +16,7 @@ from switchkd.models import (
     decoder_of,
     disable_dropout,
     head_of,
+    layers_in,
     load_model,
     load_tokenizer,
     parse_layers,
@@ -77,7 +78,9 @@ def test_cut_layers_runs_as_the_layers_that_are_left(architecture, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     layers = getattr(decoder_of(model), "h", None) or decoder_of(model).layers
     kept = layers[1]
+    assert len(layers_in(model)) == 2
     cut_layers(model, "1")
+    assert len(layers_in(model)) == 1
     assert (getattr(decoder_of(model), "h", None) or decoder_of(model).layers)[0] is kept
     whole = model(ids, use_cache=True).logits
     name = cache_name(model)
