@@ -246,10 +246,7 @@ def decoding_pass(model: nn.Module, rows: int, count: int, *, logits: bool) -> P
     meter = Meter(model)
     with meter:
         meter.phase("pass")
-        hidden = Shape(rows, 1, count).hidden(model) if count > 1 else None
-        if hidden is None:
-            ids = torch.zeros(rows, 1, dtype=torch.int64)
-            hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+        hidden = decoder_of(model)(**Shape(rows, 0, count).batch(), use_cache=False)[0]
         if logits:
             model.get_output_embeddings()(hidden)
     return meter.phases["pass"]

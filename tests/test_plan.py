@@ -151,6 +151,7 @@ def test_weights_optimizer_and_caches_by_hand(folder, monkeypatch):
     }
     assert memory.decoder_logits(rows) == rows * 8 * V * (2 + 4)
     assert memory.kept_hidden(rows) == rows * 8 * H * 2
+    assert memory.prefill["teacher"].flops == 4 * 16 * L * (2 * (LAYER - 2 * H) + 4 * H * 16)
 
 
 def test_optimizer_state_by_name():
@@ -167,8 +168,7 @@ def test_a_frozen_model_has_no_gradients(folder):
     assert dropping.training_peak(4, 1) > memory.training_peak(4, 1)
     adapter, fixed = L * 3 * (H + H), memory.fixed
     assert (fixed["gradients"], fixed["optimizer state"]) == (4 * adapter, 8 * adapter)
-    whole = memory_of(folder)
-    assert memory.peak(memory.asked) < whole.peak(whole.asked)
+    assert memory.peak(memory.asked) < memory_of(folder).peak(memory.asked)
 
 
 def test_the_copy_for_decoding_is_counted(folder):
