@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from switchkd import plan_probe
 from switchkd.cache import position_bytes
 from switchkd.devices import find_device
 from switchkd.doctor import copy_bandwidth, median_seconds
+from switchkd.engine import free_bytes
 from switchkd.plan_memory import Memory
 from switchkd.plan_meter import Op, decoding_pass
 from switchkd.plan_probe import BLOCK, Passes
@@ -61,13 +61,12 @@ DATA_SHEETS = {
 def probe(name: str | None = None) -> Device:
     """The CPU or a GPU of this machine, measured for a second or two."""
     device = find_device(name)
-    gpu = device.type == "cuda"
+    gpu, memory = device.type == "cuda", free_bytes(device)
     width, rates = 4096 if gpu else 1024, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
         seconds = median_seconds(lambda a=a, b=b: a @ b, device, repeats=5)
         rates.append(2 * width**3 / seconds)
-    memory = torch.cuda.mem_get_info(device)[0] if gpu else psutil.virtual_memory().available
     return Device(str(device), memory, copy_bandwidth(device), *rates, measured=True)
 
 
