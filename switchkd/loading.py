@@ -13,7 +13,7 @@ from transformers.utils import is_liger_kernel_available
 from switchkd import checks
 from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
-from switchkd.data import Rows, read_examples, read_prompts, tokenize
+from switchkd.data import Report, Rows, read_examples, read_prompts, tokenize
 from switchkd.models import (
     check_tables,
     cut_layers,
@@ -127,7 +127,7 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
         picked = set(random.Random(script.split_seed).sample(range(len(examples)), count))
         held_out = [e for i, e in enumerate(examples) if i in picked]
         examples = [e for i, e in enumerate(examples) if i not in picked]
-        eval_report = type(report)(f"{report.source} (held out)", form=report.form)
+        eval_report = Report(f"{report.source} (held out)", form=report.form)
         valid = tokenize(held_out, eval_report, tokenizer, **options, exclude=exclude)
     train = tokenize(examples, report, tokenizer, **options, exclude=exclude)
     checks.check_responses(train, config.lmbda)

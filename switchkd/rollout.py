@@ -199,8 +199,8 @@ def check_request(prompts: Sequence, max_new_tokens: int, sequence_ids: Sequence
 
 
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts that are empty, or that do not leave room for the response of a model, or of
-    that of a configuration."""
+    """Refuse prompts that are empty, or that leave no room for the response in a model, or in one
+    of this configuration."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty, expected at least one token")
