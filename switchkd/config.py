@@ -232,8 +232,7 @@ class SwitchConfig(TrainingArguments):
         self.sampling()
         if self.target_teacher_share is not None:
             calibration.check(self.policy(), self.target_teacher_share)
-            rolls = self.lmbda > 0 or self.adaptive_lmbda
-            need("target_teacher_share", rolls, "rollouts: lmbda > 0")
+            need("target_teacher_share", self.rolls_out, "rollouts: lmbda > 0")
 
     def _check_mixture(self, need) -> None:
         validates = self.eval_strategy != "no" or not self.adaptive_lmbda
@@ -256,9 +255,15 @@ class SwitchConfig(TrainingArguments):
         return self.save_strategy != "steps" or self.save_steps % every == 0
 
     @property
+    def rolls_out(self) -> bool:
+        """Whether text is written, be it only later."""
+        return self.lmbda > 0 or self.adaptive_lmbda
+
+    @property
     def needs_teacher(self) -> bool:
-        rollouts = self.lmbda > 0 or self.adaptive_lmbda
-        return self.loss_type != "cross_entropy" or (rollouts and self.policy().needs_teacher)
+        if self.loss_type != "cross_entropy":
+            return True
+        return self.rolls_out and self.policy().needs_teacher
 
     def decoding_dtype(self) -> torch.dtype | None:
         """Type of the student's copy that writes rollouts; None: no copy."""

@@ -91,7 +91,7 @@ class Memory:
         self.sharded = bool(config.fsdp) and processes > 1
         self.notes = list(pair.notes)
         rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        slots = min(config.rollout_batch_size, rows * steps) if config.lmbda > 0 else 0
+        slots = min(config.rollout_batch_size, rows * steps) if config.rolls_out else 0
         self.asked = Sizes(rows, steps, slots)
 
     # -------------------------------------------------------------------- what is always there
@@ -129,7 +129,7 @@ class Memory:
         part = self.processes if self.sharded else 1
         trained = sum(p.nbytes for p in pair.student.parameters() if p.requires_grad)
         student = weight_bytes(pair.student)
-        decodes = config.lmbda > 0 or config.eval_strategy != "no"
+        decodes = config.rolls_out or config.eval_strategy != "no"
         copied = weight_bytes(pair.decoding) if pair.copied else student if self.sharded else 0
         teacher = 0 if pair.teacher is None or pair.shared_base else weight_bytes(pair.teacher)
         bucket = trained if self.processes > 1 and not self.sharded else 0  # DDP's copy
@@ -168,7 +168,7 @@ class Memory:
     def keeps_hidden(self) -> bool:
         config = self.config
         distils = config.loss_type != "cross_entropy"
-        return distils and config.lmbda > 0 and config.decoder == "block"
+        return distils and config.rolls_out and config.decoder == "block"
 
     def kept_hidden(self, rows: int) -> int:
         """The teacher's hidden states that rollouts of so many rows keep."""
@@ -270,7 +270,7 @@ class Memory:
         window = sizes.rows * sizes.accumulation
         held = caches if config.decoder == "block" else 0
         found = {}
-        if config.lmbda > 0:
+        if config.rolls_out:
             work = max(sizes.slots * self.prefill_row, self.decoder_logits(sizes.slots))
             found["rollout"] = weights + caches + work + 2 * self.kept_hidden(window)
         own = sum(p.nbytes for p in self.pair.student.parameters() if p.requires_grad)
@@ -291,7 +291,7 @@ class Memory:
         window = self.asked.rows * self.asked.accumulation
         halves = [window >> i for i in range(window.bit_length())]
         for rows in (n for n in range(window, 0, -1) if window % n == 0):
-            for slots in halves if self.config.lmbda > 0 else [0]:
+            for slots in halves if self.config.rolls_out else [0]:
                 sizes = Sizes(rows, window // rows, slots)
                 if self.peak(sizes) <= limit:
                     return sizes

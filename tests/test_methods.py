@@ -15,6 +15,8 @@ from switchkd.data import Row
 from switchkd.losses import collate, distillation_loss
 from switchkd.methods import METHODS
 from switchkd.mixture import Text
+from switchkd.plan_memory import Memory
+from switchkd.plan_models import build
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.train import as_flags, main
 
@@ -49,6 +51,14 @@ def test_constants_are_the_published_ones(name):
     assert (c.loss_type, c.lmbda) == (loss, share)
     assert policy is None or c.policy() == policy
     assert METHODS[name].source
+
+
+def test_a_plan_counts_rollouts_that_begin_later():
+    embedded = {"model_name_or_path": "embedded", "teacher_model_name_or_path": "embedded"}
+    sizes = {"max_prompt_length": 8, "max_new_tokens": 8, "method": "distillm"}
+    script, args = parse([f"--{name}={value}" for name, value in (embedded | sizes).items()])
+    memory = Memory(build(script, args), args)
+    assert args.lmbda == 0 and "rollout" in memory.phases(memory.asked)
 
 
 def test_further_constants():
