@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from switchkd.attention import without_cudnn
 from switchkd.cache import capacity_for, check_positions
 from switchkd.engine import Engine
+from switchkd.graphs import empty_rows
 from switchkd.ngrams import without_repeats
 from switchkd.padding import by_length, pad_history
 from switchkd.policies import Policy, Student
@@ -117,10 +118,8 @@ class _Decoder:
             with self.engine.timed(role, 1):
                 logits, hidden, token = self.feed(role, count, token[:, None], i, draw=True)
             if block is None:  # what a graph returns must be copied before the next call
-                block = [
-                    x.new_empty(len(x), count, *x.shape[axis:])
-                    for x, axis in ((token, 1), (logits, 2), (hidden, 2))
-                ]
+                sizes = ((x, (len(x), count, x.shape[-1])) for x in (logits, hidden))
+                block = [token.new_empty(len(token), count), *(empty_rows(x, *n) for x, n in sizes)]
             for store, value in zip(block, (token, logits[:, 0], hidden[:, 0]), strict=True):
                 store[:, i] = value
         return block
@@ -218,7 +217,8 @@ class _Decoder:
             if role not in logits:
                 logits[role], hidden[role] = self.verify(role, draft)
                 if len(logits) == 1 and self.graphs.enabled:  # the next call reuses the memory
-                    logits[role], hidden[role] = logits[role].clone(), hidden[role].clone()
+                    kept = (empty_rows(x, *x.shape).copy_(x) for x in (logits[role], hidden[role]))
+                    logits[role], hidden[role] = kept
         self.asked = lambda row: (row // k, positions[row // k, row % k])
         ids = self.slots.sequence[:, None].expand(positions.shape)
         with self.engine.timed("decide", k):

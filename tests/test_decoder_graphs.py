@@ -43,8 +43,10 @@ def test_graphs_write_what_calls_write(monkeypatch):
             assert len(kept.graphs.captured) == kinds > 0
             all_outputs = [outputs for _, _, outputs in kept.graphs.captured.values()]
             for (number, _dtype), flat in kept.graphs.memory.items():  # no graph has its own
-                sizes = [len(x[number].flatten()) for x in all_outputs if len(x) > number]
+                found = [x[number] for x in all_outputs if len(x) > number]
+                sizes = [graphs.padded(x.shape[-1]) * x[..., 0].numel() for x in found]
                 assert len(sizes) > 1 and len(flat) < 2 * max(sizes)
+            assert all(x[0].stride(-2) % 16 == 0 for x in all_outputs)  # of logits
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, MIXED, check_close, logits, poisoned
-from switchkd_kernels import _backend, _checks, _tl, noise, reference, switch_select
+from switchkd_kernels import _backend, _checks, _tl, _tl_noise, noise, reference, switch_select
 from test_reference_noise import chi_square
 
 pytest.importorskip("triton")
@@ -172,23 +172,39 @@ def test_huge_offsets(cut, dtype):
 
 @pytest.mark.skipif(not ON_CPU, reason="counts calls in Triton's interpreter")
 def test_noise_is_evaluated_only_where_it_can_matter(cut, monkeypatch):
-    """Once for both models, twice for two streams: words a block, logarithms where a bound says."""
+    """Words: once a block for both models, twice for two streams. Logarithms: once a model, for the
+    leaders of its lanes; in every block that could win only where a lane's second could."""
     cut(16)
     calls = []
 
-    for module, name in ((kernel, "noise_words"), (_tl, "gumbel_of")):
+    for module, name in ((kernel, "noise_words"), (_tl_noise, "gumbel_of")):
         spy = partial(lambda name, f, *args: (calls.append(name), f(*args))[1], name)
         monkeypatch.setattr(module, name, partial(spy, getattr(module, name)))
     known, cold = {"student_token": KNOWN[:1]}, {"teacher_temperature": 0}
-    peak = torch.where(torch.arange(64) == 5, 100.0, 0.0)[None]
-    for options, words, logarithms in (
-        ({}, 4, 1),  # after the peak's block no other is looked at
-        ({"metric": "rank"}, 8, 2), ({"metric": "rank", **known}, 4, 1), (cold, 4, 1),
-        (cold | known, 0, 0), ({"teacher_token": KNOWN[:1]} | known, 0, 0),
+    both, sixteen = {"teacher_token": KNOWN[:1]} | known, {"student_token": KNOWN[:1].repeat(16)}
+    at = torch.arange(64)
+    peak = torch.where(at == 5, 100.0, 0.0)[None]  # leads its lane, whose others are far below
+    lane = torch.where(at % 16 == 5, 100.0, 0.0).repeat(16, 1)  # here all of one lane are near
+    for z, options, words, logarithms in (
+        (peak, {}, 4, [2]), (peak, {"metric": "rank"}, 8, [2]),
+        (peak, {"metric": "rank", **known}, 4, [1]), (peak, cold, 4, [1]),
+        (peak, cold | known, 0, [0]), (peak, both, 0, [0]),
+        (lane, sixteen, 16 * 4, range(16 + 1, 16 * 5)),  # some rows are swept again
     ):  # fmt: skip
         calls.clear()
-        select(peak, peak, 0.5, **options)
-        assert (calls.count("noise_words"), calls.count("gumbel_of")) == (words, logarithms)
+        select(z, z, 0.5, **options)
+        assert calls.count("noise_words") == words and calls.count("gumbel_of") in logarithms
+
+
+def test_a_second_of_a_lane_can_win(cut):
+    """The tokens of one lane alone can win: often the one whose bound was not the largest."""
+    cut(16)
+    rows, V = 14, 80
+    z = torch.where(torch.arange(V, device=DEVICE) % 16 == 5, 30.0, 0.0).repeat(rows, 1)
+    z[:, 6::16] = 30.0  # a neighbour of each, so that bounds say little
+    z[1::2, 5::16] -= 3.0
+    check(z, z.flip(0), student_temperature=0.7)
+    check(z, z.flip(0), metric="rank", threshold=torch.ones(rows, device=DEVICE))
 
 
 def test_skipped_noise_never_changes_a_token(cut):
@@ -223,7 +239,7 @@ def test_teacher_student_and_mixture_have_their_laws(cut):
 def _words(out_ptr, id_ptr, position_ptr, seed: tl.int64, first, STREAM: tl.constexpr):
     row = tl.program_id(0)
     counter = tl.load(position_ptr + row), tl.load(id_ptr + row)
-    w0, w1, w2, w3 = _tl.noise_words(seed, first, counter, STREAM, 64)
+    w0, w1, w2, w3 = _tl_noise.noise_words(seed, first, counter, STREAM, 64)
     tl.store(out_ptr + row * 64 + tl.arange(0, 64), _tl.in_order(w0, w1, w2, w3).to(tl.int64))
 
 
@@ -231,8 +247,8 @@ def _words(out_ptr, id_ptr, position_ptr, seed: tl.int64, first, STREAM: tl.cons
 def _gumbels(word_ptr, out_ptr, bound_ptr):
     at = tl.arange(0, 256)
     words = tl.load(word_ptr + at).to(tl.uint32)
-    tl.store(out_ptr + at, _tl.gumbel_of(words))
-    tl.store(bound_ptr + at, _tl.gumbel_bound(words))
+    tl.store(out_ptr + at, _tl_noise.gumbel_of(words))
+    tl.store(bound_ptr + at, _tl_noise.gumbel_bound(words))
 
 
 def within_4_ulp(got, want):  # of 1 for values below 1, where the outer logarithm cancels

@@ -115,13 +115,14 @@ def at_most(registers: int, device: torch.device) -> dict:
 
 
 def layout(vocab_size: int, block: int, *logits: Tensor) -> dict:
-    """How kernels read blocks of rows of logits. GROUP: logits that a thread loads in one piece, 16
-    bytes of them where all rows begin at multiples of 16 entries (as Triton sees it), else one.
-    EVEN: and no row ends within a piece."""
+    """How kernels read blocks of rows of logits. ROWS: "aligned" where all begin at multiples of 16
+    entries (as Triton sees it), so that a thread loads 16 bytes in one piece, "even" where none
+    ends within a piece either, else "ragged". GROUP: the neighbouring logits that a thread has."""
     if any(z.data_ptr() % 16 or z.stride(0) % 16 for z in logits):
-        return {"GROUP": 1, "EVEN": False}
+        return {"GROUP": min(block, 4), "ROWS": "ragged"}
     group = min(block, 16 // max(z.element_size() for z in logits))
-    return {"GROUP": group, "EVEN": vocab_size % 16 == 0 and block >= 16}
+    even = vocab_size % 16 == 0 and block >= 16
+    return {"GROUP": group, "ROWS": "even" if even else "aligned"}
 
 
 def warps(count: int) -> int:

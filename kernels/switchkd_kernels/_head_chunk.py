@@ -20,7 +20,6 @@ from switchkd_kernels._tl import (
 from switchkd_kernels._tl_rowwise import pair_of
 from switchkd_kernels.divergence_loss import (
     BLOCK,
-    MORE_REGISTERS,
     WARPS,
     softmaxes,
     terms_block,
@@ -47,7 +46,7 @@ def _loss_and_gradient_kernel(
     teacher_ptr, student_ptr, teacher_bias_ptr, student_bias_ptr, label_ptr, loss_ptr,
     V, stride_t, stride_s, weight, scale, cap, ce_weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, HAS_LABEL: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of both heads' products: its loss, and the student's overwritten by its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -55,15 +54,15 @@ def _loss_and_gradient_kernel(
     pair = (
         teacher_ptr + row * stride_t, student_row, teacher_bias_ptr, student_bias_ptr, scale, cap
     )  # fmt: skip
-    teacher, student = softmaxes(pair, V, HEAD, GROUP, EVEN, BLOCK)
+    teacher, student = softmaxes(pair, V, HEAD, GROUP, ROWS, BLOCK)
     relation = pair_of(teacher, student)
     loss, total = totals(
-        pair, V, teacher, student, relation, weight, KIND, DETACH, HEAD, NEEDS_GRAD, EVEN, BLOCK
+        pair, V, teacher, student, relation, weight, KIND, DETACH, HEAD, NEEDS_GRAD, ROWS, BLOCK
     )
     label = -1
     if HAS_LABEL:
         label = tl.load(label_ptr + row).to(tl.int32)
-        _teacher, mine, _slope = load_pair(pair, label, V, HEAD, False, 1)
+        _teacher, mine, _slope = load_pair(pair, label, V, HEAD, "aligned", 1)
         loss -= ce_weight * tl.sum((mine - student[0]) - tl.log(student[1]), 0)
     tl.store(loss_ptr + row, loss)
     if NEEDS_GRAD:
@@ -71,7 +70,7 @@ def _loss_and_gradient_kernel(
             tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
         for first in tl.range(0, V, BLOCK):
             _, u, q, slope = terms_block(
-                pair, first, V, relation, weight, KIND, DETACH, HEAD, EVEN, BLOCK
+                pair, first, V, relation, weight, KIND, DETACH, HEAD, ROWS, BLOCK
             )
             cols = first + tl.arange(0, BLOCK)
             grad = u - q * total + ce_weight * tl.where(cols == label, q - 1.0, q)
@@ -90,9 +89,10 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
     flags = [biases[0] is not None, biases[1] is not None, options.logit_scale != 1,
              options.softcap != 0, teacher is None]  # fmt: skip
     teacher = student if teacher is None else teacher
-    # The cap's tanh, and two mixtures, need more registers than the compiler takes by itself.
+    # The cap's tanh, and two mixtures, need more registers than the compiler takes by itself; with
+    # 128 two programs share a multiprocessor.
     hungry = options.softcap or options.kind == "generalized_jsd"
-    registers = backend.at_most(MORE_REGISTERS, student.device) if hungry else {}
+    registers = backend.at_most(128, student.device) if hungry else {}
     with backend.on(student.device):
         _loss_and_gradient_kernel[(student.shape[0],)](
             teacher, student, *biases, labels, loss,

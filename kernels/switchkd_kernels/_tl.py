@@ -1,7 +1,6 @@
-"""Triton and the device functions that the kernels share: logarithms, noise, loads, softmax.
+"""Triton and the device functions that the kernels share: logarithms, loads, softmax, slices.
 
-The Triton twin of noise.py. Where Triton is not installed a stand-in lets kernels be defined, never
-run. Float32 throughout.
+Where Triton is not installed a stand-in lets kernels be defined, never run. Float32 throughout.
 """
 
 try:
@@ -94,61 +93,7 @@ def expm1(x):
     return tl.where(tl.abs(x) < 0.5, x + x * x * exp_bend(x), exp(x) - 1.0)
 
 
-# ------------------------------------------------------------------------------- noise
-
-
-@triton.jit
-def noise_words(seed, first, counter, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Philox words of tokens first .. first + BLOCK - 1, first divisible by 4: four (BLOCK // 4,)
-    uint32, the k-th for tokens first + 4 i + k. Key and counter as in noise.py; `counter` is
-    (position, sequence id). Both halves of a product by one instruction, which tl.philox needs two
-    for."""
-    position, sequence = counter
-    w0 = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    w1 = position.to(tl.uint32)
-    w2 = sequence.to(tl.uint32)
-    w3 = ((sequence >> 32) | (STREAM << 24)).to(tl.uint32)
-    key = seed.to(tl.uint64)  # the interpreter's >> takes one of 2^31 to 2^32 for negative
-    key0, key1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        a, b = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
-        w0, w1 = (b >> 32).to(tl.uint32) ^ w1 ^ key0, b.to(tl.uint32)
-        w2, w3 = (a >> 32).to(tl.uint32) ^ w3 ^ key1, a.to(tl.uint32)
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def gumbel_of(word):
-    """-log(-log1p(-u)), u = min((float32(word) + 1/2) 2^-32, 1 - 2^-24); falls as word rises."""
-    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
-    return -log(-log1p(-u))
-
-
-def with_inverse(temperature: float) -> tuple[float, float]:
-    return temperature, 1 / temperature if temperature else 0.0
-
-
-@triton.jit
-def tempered(z, temperature):
-    """z / T rounded once; `temperature` is (T, 1 / T rounded). Markstein's division (1990): the
-    instruction that rounds so is a subroutine with a slow path, for every entry."""
-    T, inverse = temperature
-    quotient = z * inverse
-    exact = tl.fma(tl.fma(-quotient, T, z), inverse, quotient)
-    return tl.where(exact == exact, exact, quotient)  # -inf stays
-
-
-@triton.jit
-def gumbel_bound(word):
-    """At least gumbel_of(word), by up to 0.1 and a few per cent of u, with no logarithm.
-
-    G <= -log u, and the bits of a float, read as an integer, are 2^23 (127 + log2) from below. For
-    word 0 it is 110.
-    """
-    bits = word.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits.to(tl.float32) * -8.262958294867817e-08 + 110.2105
+# ------------------------------------------------------------------------------- softmax
 
 
 @triton.jit
@@ -158,66 +103,38 @@ def in_order(w0, w1, w2, w3):
 
 
 @triton.jit
-def argmax_step(y, first, best):
-    """(largest value, its token) of a row after one more block, which starts at token `first`."""
-    value, index = tl.max(y, 0, return_indices=True)
-    better = value > best[0]  # not >=: of equal values the first wins, as torch.argmax has it
-    return tl.where(better, value, best[0]), tl.where(better, first + index, best[1])
-
-
-@triton.jit
-def noise_bounds(words):
-    """(BLOCK // 4,): at least the noise of each four tokens that share a counter."""
-    w0, w1, w2, w3 = words
-    return gumbel_bound(tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)))
-
-
-@triton.jit
-def _need(best):
-    """What a sum with one or two roundings must exceed for its exact value to exceed the best."""
-    return best[0] - tl.abs(best[0]) * 1e-6 - 1e-4
-
-
-@triton.jit
-def could_win(z, temperature, bounds, best):
-    """(BLOCK // 4,) of 0 and 1: for each four tokens, whether their largest logit and the bound on
-    their noise leave room for one that wins."""
-    top = tl.max(tl.reshape(z, (z.shape[0] // 4, 4)), 1)
-    return (top * temperature[1] + bounds > _need(best)).to(tl.int32)
-
-
-@triton.jit
-def block_noise(words):
-    """(BLOCK,) G from the words of a block: two logarithms a token."""
-    w0, w1, w2, w3 = words
-    return gumbel_of(in_order(w0, w1, w2, w3))
-
-
-@triton.jit
-def noisy_step(z, temperature, first, noise, best):
-    """`argmax_step` of z / T + G; no exact quotient and no index where none of them wins."""
-    if tl.max(z * temperature[1] + noise, 0) > _need(best):
-        best = argmax_step(tempered(z, temperature) + noise, first, best)
-    return best
-
-
-# ------------------------------------------------------------------------------- softmax
-
-
-@triton.jit
-def _load(ptr, first, end, FILL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK entries from `first` on in float32, FILL from `end` on."""
-    cols = first + tl.arange(0, BLOCK)
+def _load_columns(ptr, columns, end, FILL: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
-        z = tl.load(ptr + cols, mask=cols < end, other=FILL)
+        z = tl.load(ptr + columns, mask=columns < end, other=FILL)
     else:
-        z = tl.load(ptr + cols)
+        z = tl.load(ptr + columns)
     return z.to(tl.float32)
 
 
 @triton.jit
+def load(
+    ptr, first, end, FILL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK entries from `first` on in float32, FILL from `end` on. Of a ragged row a thread loads
+    one entry at a time; by four loads of every fourth it still has four neighbours, which softmax
+    and noise then need not collect from other threads."""
+    if ROWS == "ragged":
+        every = first + 4 * tl.arange(0, BLOCK // 4)
+        z = in_order(
+            _load_columns(ptr, every, end, FILL, MASKED),
+            _load_columns(ptr, every + 1, end, FILL, MASKED),
+            _load_columns(ptr, every + 2, end, FILL, MASKED),
+            _load_columns(ptr, every + 3, end, FILL, MASKED),
+        )
+    else:
+        z = _load_columns(ptr, first + tl.arange(0, BLOCK), end, FILL, MASKED)
+    return z
+
+
+@triton.jit
 def _load_even(row_ptr, first, end, BLOCK: tl.constexpr):
-    """As `_load`, of a row of logits that begins at a multiple of 16 bytes, for `first` and `end`
+    """As `load`, of a row of logits that begins at a multiple of 16 bytes, for `first` and `end`
     that are multiples of 16: a mask leaves its loads 16 bytes wide, so that there is no branch and
     they are on their way while other work is done. Two bfloat16, each the upper half of a float32,
     are read as one integer: to take it apart costs one instruction for each."""
@@ -228,61 +145,62 @@ def _load_even(row_ptr, first, end, BLOCK: tl.constexpr):
         low = (two << 16).to(tl.float32, bitcast=True)
         z = tl.interleave(low, (two & 0xFFFF0000).to(tl.float32, bitcast=True))
     else:
-        z = _load(row_ptr, first, end, float("-inf"), True, BLOCK)
+        z = load(row_ptr, first, end, float("-inf"), True, "even", BLOCK)
     return z
 
 
 @triton.jit
-def load_block(row_ptr, first, end, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of one row's logits, -inf from `end` on. Where not EVEN it is only masked where it
-    must be; a sweep written out for whole blocks and for the rest would be twice the code."""
-    if EVEN:
+def load_block(row_ptr, first, end, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of one row's logits, -inf from `end` on. Where rows are not even it is only masked
+    where it must be; a sweep written out for whole blocks and for the rest would be twice the
+    code."""
+    if ROWS == "even":
         z = _load_even(row_ptr, first, end, BLOCK)
     elif first + BLOCK <= end:
-        z = _load(row_ptr, first, end, float("-inf"), False, BLOCK)
+        z = load(row_ptr, first, end, float("-inf"), False, ROWS, BLOCK)
     else:
-        z = _load(row_ptr, first, end, float("-inf"), True, BLOCK)
+        z = load(row_ptr, first, end, float("-inf"), True, ROWS, BLOCK)
     return z
 
 
 @triton.jit
-def load_pair(pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def load_pair(pair, first, end, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A block of (teacher, student) logits, as `load_block`, and the slope of the student's. pair:
     the two row pointers; where HEAD is not 0 they point at h W^T, and two bias pointers, a scale
     and a cap follow: z = cap tanh(scale (h W^T + b) / cap), slope = dz / d(h W^T). HEAD is a sum:
     teacher bias 1, student bias 2, scale 4, cap 8, no teacher 16."""
-    if EVEN:
-        zt, zs, slope = _load_both(pair, first, end, HEAD, True, True, BLOCK)
+    if ROWS == "even":
+        zt, zs, slope = _load_both(pair, first, end, HEAD, ROWS, True, BLOCK)
     elif first + BLOCK <= end:
-        zt, zs, slope = _load_both(pair, first, end, HEAD, False, False, BLOCK)
+        zt, zs, slope = _load_both(pair, first, end, HEAD, ROWS, False, BLOCK)
     else:
-        zt, zs, slope = _load_both(pair, first, end, HEAD, False, True, BLOCK)
+        zt, zs, slope = _load_both(pair, first, end, HEAD, ROWS, True, BLOCK)
     return zt, zs, slope
 
 
 @triton.jit
 def _load_both(
-    pair, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+    pair, first, end, HEAD: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    zs, slope = _head_logits(pair, 1, first, end, HEAD, EVEN, MASKED, BLOCK)
+    zs, slope = _head_logits(pair, 1, first, end, HEAD, ROWS, MASKED, BLOCK)
     zt = zs
     if not HEAD & 16:
-        zt, _slope = _head_logits(pair, 0, first, end, HEAD, EVEN, MASKED, BLOCK)
+        zt, _slope = _head_logits(pair, 0, first, end, HEAD, ROWS, MASKED, BLOCK)
     return zt, zs, slope
 
 
 @triton.jit
 def _head_logits(
-    pair, SIDE: tl.constexpr, first, end, HEAD: tl.constexpr, EVEN: tl.constexpr,
+    pair, SIDE: tl.constexpr, first, end, HEAD: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if EVEN:
+    if ROWS == "even":
         z = _load_even(pair[SIDE], first, end, BLOCK)
     else:
-        z = _load(pair[SIDE], first, end, float("-inf"), MASKED, BLOCK)
+        z = load(pair[SIDE], first, end, float("-inf"), MASKED, ROWS, BLOCK)
     if HEAD & (1 << SIDE):
-        z += _load(pair[2 + SIDE], first, end, 0.0, MASKED, BLOCK)
+        z += load(pair[2 + SIDE], first, end, 0.0, MASKED, ROWS, BLOCK)
     slope = tl.full((), 1.0, tl.float32)
     if HEAD & 4:
         z *= pair[4]
@@ -330,12 +248,12 @@ def softmax_end(lanes):
 
 @triton.jit
 def first_of_largest(
-    row_ptr, tops, places, top, end, EVEN: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, tops, places, top, end, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """(largest logit, its first token) of a row whose groups of lanes met their largest, `tops`,
     in the blocks that start at `places`."""
     place = tl.min(tl.where(tops == top, places, end), 0)
-    z = load_block(row_ptr, place, end, EVEN, BLOCK)
+    z = load_block(row_ptr, place, end, ROWS, BLOCK)
     token = tl.min(tl.where(z == top, place + tl.arange(0, BLOCK), end - 1), 0)
     return top, token  # the last token of a row that has no largest
 

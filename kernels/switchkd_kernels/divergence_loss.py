@@ -28,21 +28,20 @@ from switchkd_kernels.rowwise import compare as compare_rows
 
 # Launch parameters; benchmarks/sweep_kernels.py measures them. As in switch_select.py, a thread of
 # forward holds 8 logits of either row. Backward is elementwise: 16 a thread, many programs.
-# The compiler's own choice of registers leaves room for three programs on a multiprocessor; rows
-# that do not begin at multiples of 16 entries are loaded in pieces, and there it spilt.
-BLOCK, WARPS, MORE_REGISTERS = 2048, 8, 128
+# The compiler's own choice of registers leaves room for three programs on a multiprocessor.
+BLOCK, WARPS = 2048, 8
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 
 
 @triton.jit
 def softmaxes(
     pair, V,
-    HEAD: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep: (maximum, sum of exponentials) of either row."""
     teacher, student = softmax_start(BLOCK, GROUP), softmax_start(BLOCK, GROUP)
     for first in tl.range(0, V, BLOCK):
-        zt, zs, _slope = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+        zt, zs, _slope = load_pair(pair, first, V, HEAD, ROWS, BLOCK)
         teacher, student = softmax_step(zt, teacher, GROUP), softmax_step(zs, student, GROUP)
     return softmax_end(teacher), softmax_end(student)
 
@@ -50,11 +49,11 @@ def softmaxes(
 @triton.jit
 def terms_block(
     pair, first, V, relation, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, EVEN: tl.constexpr,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block: terms of L, u, q and the slope of the student's logits."""
-    zt, zs, slope = load_pair(pair, first, V, HEAD, EVEN, BLOCK)
+    zt, zs, slope = load_pair(pair, first, V, HEAD, ROWS, BLOCK)
     log_p, log_q, d = compare(zt, zs, relation)
     value, u, q = divergence_terms(log_p, log_q, d, weight, KIND, DETACH)
     return value, u, q, slope
@@ -64,7 +63,7 @@ def terms_block(
 def totals(
     pair, V, teacher, student, relation, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HEAD: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Second sweep, from the last block, which is still in the cache, to the first: L, and sum u
     that the gradient takes off; NaN for a row that defines none."""
@@ -72,7 +71,7 @@ def totals(
     last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
     for back in tl.range(0, V, BLOCK):
         value, u, _, _ = terms_block(
-            pair, last - back, V, relation, weight, KIND, DETACH, HEAD, EVEN, BLOCK
+            pair, last - back, V, relation, weight, KIND, DETACH, HEAD, ROWS, BLOCK
         )
         terms += value
         if NEEDS_GRAD:
@@ -90,7 +89,7 @@ def _forward_kernel(
     loss_ptr, saved_ptr,  # out
     rows, V, stride_t, stride_s, weight,
     KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kept = True
@@ -100,10 +99,10 @@ def _forward_kernel(
             tl.store(loss_ptr + row, 0.0)
     if kept:
         pair = teacher_ptr + row * stride_t, student_ptr + row * stride_s
-        teacher, student = softmaxes(pair, V, 0, GROUP, EVEN, BLOCK)
+        teacher, student = softmaxes(pair, V, 0, GROUP, ROWS, BLOCK)
         relation = pair_of(teacher, student)
         loss, total = totals(
-            pair, V, teacher, student, relation, weight, KIND, DETACH, 0, NEEDS_GRAD, EVEN, BLOCK
+            pair, V, teacher, student, relation, weight, KIND, DETACH, 0, NEEDS_GRAD, ROWS, BLOCK
         )
         tl.store(loss_ptr + row, loss)
         tl.store(saved_ptr + row, relation[0])
@@ -118,7 +117,7 @@ def _backward_kernel(
     teacher_ptr, student_ptr, mask_ptr, saved_ptr, upstream_ptr,  # in
     grad_ptr,  # out
     rows, V, width, stride_t, stride_s, stride_g, stride_upstream, weight,
-    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
+    KIND: tl.constexpr, DETACH: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row's gradient; zeros in masked rows and in the padding from V to width."""
@@ -136,7 +135,7 @@ def _backward_kernel(
         relation = t_top, t_log, s_top, log_ratio
         total = tl.load(saved_ptr + 4 * rows + row)
         upstream = tl.load(upstream_ptr + row * stride_upstream).to(tl.float32)
-        _, u, q, _ = terms_block(pair, first, V, relation, weight, KIND, DETACH, 0, EVEN, BLOCK)
+        _, u, q, _ = terms_block(pair, first, V, relation, weight, KIND, DETACH, 0, ROWS, BLOCK)
         grad = upstream * (u - q * total)
         grad = tl.where(cols < V, grad, 0.0)
     grad_row = grad_ptr + row * stride_g
@@ -151,7 +150,6 @@ def _forward(
     rows = student.shape[0]
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
     layout = backend.layout(vocab_size, BLOCK, teacher, student)
-    options = {} if layout["EVEN"] else backend.at_most(MORE_REGISTERS, student.device)
     empty = torch.empty if mask is None else torch.zeros  # a masked row saves nothing
     saved = empty(5, rows, dtype=torch.float32, device=student.device)
     with backend.on(student.device):
@@ -159,7 +157,7 @@ def _forward(
             teacher, student, mask, loss, saved,
             rows, vocab_size, teacher.stride(0), student.stride(0), weight,
             KIND=kind, DETACH=detach, HAS_MASK=mask is not None, NEEDS_GRAD=needs_grad,
-            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout, **options,
+            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
         )  # fmt: skip
     return loss, saved
 
@@ -170,13 +168,15 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     rows, width = student.shape
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    even = backend.layout(vocab_size, BACKWARD_BLOCK, teacher, student)["EVEN"]
+    layout = backend.layout(vocab_size, BACKWARD_BLOCK, teacher, student)
+    # Entry by entry no thread needs neighbours, and it stores what it has loaded.
+    even = layout["ROWS"] == "even"
     with backend.on(student.device):
         _backward_kernel[(rows, triton.cdiv(width, BACKWARD_BLOCK))](
             teacher, student, mask, saved, upstream, grad,
             rows, vocab_size, width, teacher.stride(0), student.stride(0), grad.stride(0),
             upstream.stride(0), weight,
-            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, EVEN=even,
+            KIND=kind, DETACH=detach, HAS_MASK=mask is not None, ROWS="even" if even else "aligned",
             BLOCK=BACKWARD_BLOCK, num_warps=backend.warps(BACKWARD_WARPS),
         )  # fmt: skip
     return grad

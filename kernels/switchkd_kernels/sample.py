@@ -18,91 +18,97 @@ from switchkd_kernels import _arguments as arguments
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
-    block_noise,
     combine,
-    could_win,
     exp,
     first_of_largest,
     is_distribution,
     last_to_arrive,
     load_block,
-    noise_bounds,
-    noise_words,
-    noisy_step,
     softmax_end,
     softmax_start,
     softmax_step,
     store_partial,
-    tempered,
     tl,
     triton,
+)
+from switchkd_kernels._tl_noise import (
+    kept,
+    lead_end,
+    lead_start,
+    lead_step,
+    noise_bounds,
+    noise_words,
+    tempered,
     with_inverse,
 )
 from switchkd_kernels.noise import STREAM_TOKEN
 
 # In blocks of 2048 a thread of 8 warps has 8 logits, one 16-byte load in bf16, and less than 128
 # registers with nothing spilled, so that two programs share a multiprocessor; blocks of 4096 take
-# more than that. Filters look at a row several times, in one program; without one it takes 50
-# registers (98 where rows are not aligned), and few rows are split until four programs share a
-# multiprocessor.
+# more than that. Filters look at a row several times, in one program; without one it takes less
+# than 64 registers, and few rows are split until four programs share a multiprocessor.
 BLOCK, WARPS, PROGRAMS_PER_PROCESSOR = 2048, 8, 4
 
 
 @triton.jit
 def _draw(
-    row_ptr, start, end, V, floor, below, seed, counter, temperature,
+    row_ptr, start, end, V, limits, seed, counter, temperature,
     GREEDY: tl.constexpr, FILTERED: tl.constexpr, STREAM: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x >= floor and > below in
+    """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x that `limits` keep in
     columns [start, end); of z and the largest z / T + G where not FILTERED."""
     lanes = softmax_start(BLOCK, GROUP)
     places = tl.zeros((BLOCK // GROUP,), tl.int32)  # blocks where the maxima were met
-    best = float("-inf"), V * 0
+    lead = lead_start(start, BLOCK)
+    top = float("-inf")
     for first in tl.range(start, end, BLOCK):
-        x = load_block(row_ptr, first, V, EVEN, BLOCK)
-        rest = temperature  # what is left to divide by
-        can_win = True
+        x = load_block(row_ptr, first, V, ROWS, BLOCK)
+        inverse, can_win = temperature[1], True
         if FILTERED:
-            x = tempered(x, temperature)
-            rest = 1.0, 1.0
-            x = tl.where((x < floor) | (x <= below), float("-inf"), x)  # NaN stays, and is found
-            can_win = tl.max(x, 0) + 23.0 > best[0]  # noise ends at 22.9
+            x, inverse = kept(tempered(x, temperature), limits), 1.0
+            block_top = tl.max(x, 0)
+            can_win = block_top >= top - 26.0  # noise is from -2.9 to 22.9
+            top = tl.maximum(top, block_top)
         tops = lanes[0]
         lanes = softmax_step(x, lanes, GROUP)
         if GREEDY:
             places = tl.where(lanes[0] > tops, first, places)
         else:
             if can_win:
-                words = noise_words(seed, first, counter, STREAM, BLOCK)
-                if tl.sum(could_win(x, rest, noise_bounds(words), best), 0) != 0:
-                    best = noisy_step(x, rest, first, block_noise(words), best)
+                bounds = noise_bounds(noise_words(seed, first, counter, STREAM, BLOCK))
+                lead = lead_step(x, inverse, bounds, first, lead)
     row = softmax_end(lanes)
     if GREEDY:
-        best = first_of_largest(row_ptr, lanes[0], places, row[0], V, EVEN, BLOCK)
+        best = first_of_largest(row_ptr, lanes[0], places, row[0], V, ROWS, BLOCK)
+    else:
+        best = lead_end(
+            row_ptr, start, end, V, seed, counter, temperature, limits, lead,
+            STREAM, FILTERED, ROWS, BLOCK,
+        )  # fmt: skip
     return row + best
 
 
 @triton.jit
 def _mass_above(
-    row_ptr, V, temperature, value, top, EVEN: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, V, temperature, value, top, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Sum of e^(x - top) over x > value: 0, or at least 1, as the maximum is among them."""
     terms = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, V, BLOCK):
-        x = tempered(load_block(row_ptr, first, V, EVEN, BLOCK), temperature)
+        x = tempered(load_block(row_ptr, first, V, ROWS, BLOCK), temperature)
         terms += tl.where(x > value, exp(x - top), 0.0)
     return tl.sum(terms, 0)
 
 
 @triton.jit
-def _count(row_ptr, V, pivot, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def _count(row_ptr, V, pivot, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """How many logits are at least `pivot` > -inf, the least of them, and the most below it."""
     count = tl.zeros((BLOCK,), tl.int32)
     least = tl.full((BLOCK,), float("inf"), tl.float32)
     most = -least
     for first in tl.range(0, V, BLOCK):
-        z = load_block(row_ptr, first, V, EVEN, BLOCK)
+        z = load_block(row_ptr, first, V, ROWS, BLOCK)
         count += (z >= pivot).to(tl.int32)
         least = tl.minimum(least, tl.where(z >= pivot, z, float("inf")))
         most = tl.maximum(most, tl.where(z < pivot, z, float("-inf")))
@@ -116,14 +122,14 @@ def _ordered(bits):
 
 
 @triton.jit
-def _kth_largest(row_ptr, V, k, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def _kth_largest(row_ptr, V, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The logit of rank k < V, exactly: bisection on its bits in order. The bracket shrinks to
     logits that are there: about 15 sweeps, at most 17 for logits of 16 bits and 32 for others."""
     low, high = -0x7F800001, 0x7F800000  # -inf and +inf
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, within 32 bits
         pivot = _ordered(middle).to(tl.float32, bitcast=True)
-        count, least, most = _count(row_ptr, V, pivot, EVEN, BLOCK)
+        count, least, most = _count(row_ptr, V, pivot, ROWS, BLOCK)
         # Beyond the middle at least: -0 and +0 are equal and differ in bits, NaN may leave nothing.
         least = tl.maximum(_ordered(least.to(tl.int32, bitcast=True)), middle)
         most = tl.minimum(_ordered(most.to(tl.int32, bitcast=True)), middle - 1)
@@ -141,7 +147,7 @@ def _sample_kernel(
     seed: tl.int64, temperature, inverse, top_k, top_p, log_min_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     STREAM: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program draws for a row; where SPLITS is not 1, for a slice of it, and the last of a row to
     arrive compares the draws. floor: what top-k and min-p keep starts here; below: the last winner,
@@ -157,12 +163,12 @@ def _sample_kernel(
     T = temperature, inverse
     floor, below, limit, token = float("-inf"), float("-inf"), 0.0, V * 0
     if TOP_K:
-        floor = tempered(_kth_largest(row_ptr, V, top_k, EVEN, BLOCK), T)
+        floor = tempered(_kth_largest(row_ptr, V, top_k, ROWS, BLOCK), T)
     rejected = True
     while rejected:
         top, mass, best, token = _draw(
-            row_ptr, start, end, V, floor, below, seed, counter, T,
-            GREEDY, FILTERED, STREAM, GROUP, EVEN, BLOCK,
+            row_ptr, start, end, V, (floor, below), seed, counter, T,
+            GREEDY, FILTERED, STREAM, GROUP, ROWS, BLOCK,
         )  # fmt: skip
         rejected = False
         if FILTERED:
@@ -173,7 +179,7 @@ def _sample_kernel(
             rejected = value < floor
             if TOP_P:
                 limit = tl.maximum(limit, top_p * mass)
-                above = _mass_above(row_ptr, V, T, value, top, EVEN, BLOCK)
+                above = _mass_above(row_ptr, V, T, value, top, ROWS, BLOCK)
                 rejected = rejected | (above >= limit)
             rejected = rejected & is_distribution(mass)
             below = value

@@ -15,23 +15,25 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, _cuda, reference
 from switchkd_kernels._tl import (
-    block_noise,
     combine,
-    could_win,
     first_of_largest,
     is_distribution,
     last_to_arrive,
     load_block,
     load_pair,
-    noise_bounds,
-    noise_words,
-    noisy_step,
     softmax_end,
     softmax_start,
     softmax_step,
     store_partial,
     tl,
     triton,
+)
+from switchkd_kernels._tl_noise import (
+    lead_end,
+    lead_start,
+    lead_step,
+    noise_bounds,
+    noise_words,
     with_inverse,
 )
 from switchkd_kernels._tl_rowwise import compare, jsd_terms, kl_terms, pair_of
@@ -43,72 +45,64 @@ _SHARED, _REDRAW = tl.constexpr(STREAM_TOKEN), tl.constexpr(STREAM_REDRAW)
 
 # Launch parameters; benchmarks/sweep_kernels.py measures them. In blocks of 2048 a thread of 8
 # warps has 8 logits of either row, one 16-byte load each in bf16; wider blocks spill or halve the
-# occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. 128
-# registers let two programs share a multiprocessor, with nothing spilled (kernel_resources.csv).
-# Rows are split until there are four programs for each, so that one loads while another computes.
-# Rows that are loaded in pieces keep a maximum for every logit, and spill within 128.
+# occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. The kernel
+# takes 40 to 104 registers, so that two or three programs share a multiprocessor, with nothing
+# spilled (kernel_resources.csv). Rows are split until there are four programs for each, so that one
+# loads while another computes.
 BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
-MORE_REGISTERS = 168
 
 
 @triton.jit
 def _scan(
     pair, start, end, V, seed, counter, temperatures,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, T_STREAM: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep, over columns [start, end): (maximum, sum of exponentials, largest perturbed
-    logit, its token) of either model.
-
-    Noise (two logarithms a token) is only evaluated in a block where a bound on it leaves room for
-    a winner; to decide that for both models takes the only reduction between threads.
-    """
+    logit, its token) of either model."""
     t_lanes, s_lanes = softmax_start(BLOCK, GROUP), softmax_start(BLOCK, GROUP)
     t_place = tl.zeros((BLOCK // GROUP,), tl.int32) + start  # blocks where the maxima were met
     s_place = t_place
-    t_best = float("-inf"), start * 0
-    s_best = float("-inf"), start * 0
+    t_lead, s_lead = lead_start(start, BLOCK), lead_start(start, BLOCK)
     for first in tl.range(start, end, BLOCK):
-        zt, zs, _slope = load_pair(pair, first, V, 0, EVEN, BLOCK)
+        zt, zs, _slope = load_pair(pair, first, V, 0, ROWS, BLOCK)
         t_top, s_top = t_lanes[0], s_lanes[0]
         t_lanes, s_lanes = softmax_step(zt, t_lanes, GROUP), softmax_step(zs, s_lanes, GROUP)
         if DRAW_T == 1:
             t_place = tl.where(t_lanes[0] > t_top, first, t_place)
         if DRAW_S == 1:
             s_place = tl.where(s_lanes[0] > s_top, first, s_place)
-        if (DRAW_S == 2) or (DRAW_T == 2):
-            stream: tl.constexpr = _SHARED if DRAW_S == 2 else T_STREAM
-            s_words = noise_words(seed, first, counter, stream, BLOCK)
-            s_bounds = noise_bounds(s_words)
-            t_words, t_bounds = s_words, s_bounds
-            if stream != T_STREAM:
-                t_words = noise_words(seed, first, counter, T_STREAM, BLOCK)
-                t_bounds = noise_bounds(t_words)
-            hits = tl.zeros((BLOCK // 4,), tl.int32)
-            if DRAW_S == 2:
-                hits += could_win(zs, temperatures[1], s_bounds, s_best)
-            if DRAW_T == 2:
-                hits += could_win(zt, temperatures[0], t_bounds, t_best)
-            if tl.sum(hits, 0) != 0:
-                noise = block_noise(s_words)
-                if DRAW_S == 2:
-                    s_best = noisy_step(zs, temperatures[1], first, noise, s_best)
-                if DRAW_T == 2:
-                    if stream != T_STREAM:
-                        noise = block_noise(t_words)
-                    t_best = noisy_step(zt, temperatures[0], first, noise, t_best)
+        if DRAW_S == 2:
+            bounds = noise_bounds(noise_words(seed, first, counter, _SHARED, BLOCK))
+            s_lead = lead_step(zs, temperatures[1][1], bounds, first, s_lead)
+        if DRAW_T == 2:
+            if (DRAW_S != 2) or (T_STREAM != _SHARED):
+                bounds = noise_bounds(noise_words(seed, first, counter, T_STREAM, BLOCK))
+            t_lead = lead_step(zt, temperatures[0][1], bounds, first, t_lead)
     teacher, student = softmax_end(t_lanes), softmax_end(s_lanes)
+    t_best = float("-inf"), start * 0
+    s_best = t_best
     if DRAW_T == 1:
-        t_best = first_of_largest(pair[0], t_lanes[0], t_place, teacher[0], V, EVEN, BLOCK)
+        t_best = first_of_largest(pair[0], t_lanes[0], t_place, teacher[0], V, ROWS, BLOCK)
     if DRAW_S == 1:
-        s_best = first_of_largest(pair[1], s_lanes[0], s_place, student[0], V, EVEN, BLOCK)
+        s_best = first_of_largest(pair[1], s_lanes[0], s_place, student[0], V, ROWS, BLOCK)
+    if DRAW_T == 2:
+        t_best = lead_end(
+            pair[0], start, end, V, seed, counter, temperatures[0], None, t_lead,
+            T_STREAM, False, ROWS, BLOCK,
+        )  # fmt: skip
+    if DRAW_S == 2:
+        s_best = lead_end(
+            pair[1], start, end, V, seed, counter, temperatures[1], None, s_lead,
+            _SHARED, False, ROWS, BLOCK,
+        )  # fmt: skip
     return teacher + t_best, student + s_best
 
 
 @triton.jit
 def _measure(
     pair, start, end, V, teacher, student, rival,
-    METRIC: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Second sweep, over columns [start, end) from the last block, which is still in the cache, to
     the first: the divergence in nats, or the teacher's rank of a token whose logit is `rival`."""
@@ -118,9 +112,9 @@ def _measure(
     for back in tl.range(0, end - start, BLOCK):
         first = last - back
         if METRIC == "rank":
-            terms += (load_block(pair[0], first, V, EVEN, BLOCK) > rival).to(tl.float32)
+            terms += (load_block(pair[0], first, V, ROWS, BLOCK) > rival).to(tl.float32)
         else:
-            zt, zs, _slope = load_pair(pair, first, V, 0, EVEN, BLOCK)
+            zt, zs, _slope = load_pair(pair, first, V, 0, ROWS, BLOCK)
             log_p, log_q, d = compare(zt, zs, relation)
             if METRIC == "kl":
                 terms += kl_terms(tl.exp2(log_p), tl.exp2(log_q), tl.minimum(d, 100.0))
@@ -177,7 +171,7 @@ def _switch_select_kernel(
     teacher_temperature, teacher_inverse, student_temperature, student_inverse,
     DRAW_T: tl.constexpr, DRAW_S: tl.constexpr, METRIC: tl.constexpr, BITS: tl.constexpr,
     PHASE: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """PHASE "row": a program decides a row. Else one has a slice of it, "scan" and then "decide",
     where the last program of a row to arrive adds up and writes."""
@@ -195,7 +189,7 @@ def _switch_select_kernel(
         teacher, student = _scan(
             pair, start, end, V, seed, counter,
             ((teacher_temperature, teacher_inverse), (student_temperature, student_inverse)),
-            DRAW_T, DRAW_S, T_STREAM, GROUP, EVEN, BLOCK,
+            DRAW_T, DRAW_S, T_STREAM, GROUP, ROWS, BLOCK,
         )  # fmt: skip
     if PHASE == "scan":
         store_partial(partial_ptr, partial_token_ptr, place, step, teacher)
@@ -212,7 +206,7 @@ def _switch_select_kernel(
         if DRAW_S == 0:
             student = _known(student_token_ptr + row * stride_st, V, student)
         rival = tl.load(pair[0] + student[3]).to(tl.float32)
-        divergence = _measure(pair, start, end, V, teacher, student, rival, METRIC, EVEN, BLOCK)
+        divergence = _measure(pair, start, end, V, teacher, student, rival, METRIC, ROWS, BLOCK)
         last = True
         if PHASE == "decide":
             measured_ptr = partial_ptr + 6 * step + row * splits
@@ -250,7 +244,6 @@ def _launch(
     partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
     layout = backend.layout(vocab_size, BLOCK, teacher, student)
-    registers = REGISTERS if layout["GROUP"] > 1 else MORE_REGISTERS
 
     def draw(known: Tensor | None, temperature: float) -> int:
         return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
@@ -273,7 +266,7 @@ def _launch(
                 bits and metric == "jsd" and not scan,
                 PHASE=phase, SPLITS=backend.MOST_SPLITS if phase == "decide" else 1,
                 BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
-                **backend.at_most(registers, device),
+                **backend.at_most(REGISTERS, device),
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
