@@ -20,7 +20,6 @@ mufu.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +129,6 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if backend.interpreting():
         parser.error("with TRITON_INTERPRET set nothing is compiled")
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does unless told
     rows = measured(args.op, args.target, args.only, args.jobs)
     show(rows)
     if args.table or (args.op == list(kr.CALLS) and args.target == ["sm_90"] and not args.only):

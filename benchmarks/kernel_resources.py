@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -273,7 +272,6 @@ def main(argv=None) -> int:
         parser.error("with TRITON_INTERPRET set nothing is compiled")
     args.check |= args.quick
     # What Triton 3.9 does unless told; to say so silences its warning.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
     start = time.perf_counter()
     launched = variants(args.op, args.target)

@@ -109,11 +109,6 @@ def on(device: torch.device):
     return torch.get_device_module(device).device(device)
 
 
-def at_most(registers: int, device: torch.device) -> dict:
-    """The launch option that caps a thread's registers, where the compiler knows it (NVIDIA)."""
-    return {} if torch.version.hip or device.type == "xpu" else {"maxnreg": registers}
-
-
 def layout(vocab_size: int, block: int, *logits: Tensor) -> dict:
     """How kernels read blocks of rows of logits. ROWS: "aligned" where all begin at multiples of 16
     entries (as Triton sees it), so that a thread loads 16 bytes in one piece, "even" where none
@@ -125,7 +120,15 @@ def layout(vocab_size: int, block: int, *logits: Tensor) -> dict:
     return {"GROUP": group, "ROWS": "even" if even else "aligned"}
 
 
-def warps(count: int) -> int:
-    """Half as many on AMD, whose warps are twice as wide: a thread then still has 16 bytes to load
-    in one piece."""
-    return max(1, count // 2) if torch.version.hip else count
+def options(warps: int, device: torch.device, registers: int | None = None) -> dict:
+    """Launch options: the number of warps, and the most registers a thread may take.
+
+    AMD's warps are twice as wide, so half as many: a thread then still has 16 bytes to load in one
+    piece. Only NVIDIA's compiler knows a cap. A product and a sum become one instruction, which
+    Triton after 3.9 only does where it is asked to.
+    """
+    found = {"num_warps": max(1, warps // 2) if torch.version.hip else warps}
+    found["enable_fp_fusion"] = True
+    if registers and not torch.version.hip and device.type != "xpu":
+        found["maxnreg"] = registers
+    return found

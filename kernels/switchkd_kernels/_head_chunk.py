@@ -92,7 +92,6 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
     # The cap's tanh, and two mixtures, need more registers than the compiler takes by itself; with
     # 128 two programs share a multiprocessor.
     hungry = options.softcap or options.kind == "generalized_jsd"
-    registers = backend.at_most(128, student.device) if hungry else {}
     with backend.on(student.device):
         _loss_and_gradient_kernel[(student.shape[0],)](
             teacher, student, *biases, labels, loss,
@@ -100,8 +99,9 @@ def launch(teacher, student, biases, labels, needs_grad: bool, options: Options)
             options.weight, options.logit_scale, options.softcap, options.ce_weight,
             KIND=options.kind, DETACH=options.detach,
             HEAD=sum(flag << i for i, flag in enumerate(flags)), HAS_LABEL=labels is not None,
-            NEEDS_GRAD=needs_grad, BLOCK=BLOCK, num_warps=backend.warps(WARPS),
-            **backend.layout(options.vocab_size, BLOCK, teacher, student), **registers,
+            NEEDS_GRAD=needs_grad, BLOCK=BLOCK,
+            **backend.layout(options.vocab_size, BLOCK, teacher, student),
+            **backend.options(WARPS, student.device, registers=128 if hungry else None),
         )  # fmt: skip
     return loss, student
 

@@ -149,7 +149,6 @@ def _forward(
     """(M,) nats, 0 in masked rows, and (5, M) floats for backward."""
     rows = student.shape[0]
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    layout = backend.layout(vocab_size, BLOCK, teacher, student)
     empty = torch.empty if mask is None else torch.zeros  # a masked row saves nothing
     saved = empty(5, rows, dtype=torch.float32, device=student.device)
     with backend.on(student.device):
@@ -157,7 +156,8 @@ def _forward(
             teacher, student, mask, loss, saved,
             rows, vocab_size, teacher.stride(0), student.stride(0), weight,
             KIND=kind, DETACH=detach, HAS_MASK=mask is not None, NEEDS_GRAD=needs_grad,
-            BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
+            BLOCK=BLOCK, **backend.layout(vocab_size, BLOCK, teacher, student),
+            **backend.options(WARPS, student.device),
         )  # fmt: skip
     return loss, saved
 
@@ -177,7 +177,7 @@ def _backward(
             rows, vocab_size, width, teacher.stride(0), student.stride(0), grad.stride(0),
             upstream.stride(0), weight,
             KIND=kind, DETACH=detach, HAS_MASK=mask is not None, ROWS="even" if even else "aligned",
-            BLOCK=BACKWARD_BLOCK, num_warps=backend.warps(BACKWARD_WARPS),
+            BLOCK=BACKWARD_BLOCK, **backend.options(BACKWARD_WARPS, student.device),
         )  # fmt: skip
     return grad
 

@@ -210,11 +210,13 @@ def _launch(
     if not any(filters.values()):
         splits = backend.splits(rows, vocab_size, BLOCK, PROGRAMS_PER_PROCESSOR, device)
     slice_size, splits = backend.slices(vocab_size, BLOCK, splits)
+    partial = partial_token = None
+    if splits > 1:
+        partial = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
+        partial_token = torch.empty(rows, splits, dtype=torch.int32, device=device)
     # Slices count their arrivals from zero, and to write that is a launch, as a kernel to compare
     # their draws would be; but one that reads nothing, and not a second one of Triton's.
     token = (torch.empty if splits == 1 else torch.zeros)(rows, dtype=torch.int64, device=device)
-    partial = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
-    partial_token = torch.empty(rows, splits, dtype=torch.int32, device=device)
     with backend.on(device):
         _sample_kernel[(rows, splits)](
             logits, ids, positions, token, partial, partial_token,
@@ -224,8 +226,8 @@ def _launch(
             math.log(min_p) if min_p else -math.inf,
             GREEDY=greedy, **filters,
             STREAM=stream, SPLITS=1 if splits == 1 else backend.MOST_SPLITS,
-            BLOCK=BLOCK, num_warps=backend.warps(WARPS),
-            **backend.layout(vocab_size, BLOCK, logits),
+            BLOCK=BLOCK, **backend.layout(vocab_size, BLOCK, logits),
+            **backend.options(WARPS, device),
         )  # fmt: skip
     return token
 

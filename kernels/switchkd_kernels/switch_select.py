@@ -240,10 +240,13 @@ def _launch(
     values = torch.empty(3, rows, dtype=torch.float32, device=device)
     splits = splits or _splits(rows, vocab_size, device)
     slice_size, splits = backend.slices(vocab_size, BLOCK, splits)
-    partial = torch.empty(7, rows, splits, dtype=torch.float32, device=device)
-    partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
+    partial = partial_token = None
+    if splits > 1:
+        partial = torch.empty(7, rows, splits, dtype=torch.float32, device=device)
+        partial_token = torch.empty(3, rows, splits, dtype=torch.int32, device=device)
 
     layout = backend.layout(vocab_size, BLOCK, teacher, student)
+    options = backend.options(WARPS, device, REGISTERS)
 
     def draw(known: Tensor | None, temperature: float) -> int:
         return KNOWN if known is not None else GREEDY if temperature == 0 else NOISE
@@ -265,8 +268,7 @@ def _launch(
                 *draws, "jsd" if scan and metric != "rank" else metric,
                 bits and metric == "jsd" and not scan,
                 PHASE=phase, SPLITS=backend.MOST_SPLITS if phase == "decide" else 1,
-                BLOCK=BLOCK, num_warps=backend.warps(WARPS), **layout,
-                **backend.at_most(REGISTERS, device),
+                BLOCK=BLOCK, **layout, **options,
             )  # fmt: skip
     return token, writer.view(torch.bool), *values
 
