@@ -120,12 +120,12 @@ def load(
     one entry at a time; by four loads of every fourth it still has four neighbours, which softmax
     and noise then need not collect from other threads."""
     if ROWS == "ragged":
-        every = first + 4 * tl.arange(0, BLOCK // 4)
+        fourth = first + 4 * tl.arange(0, BLOCK // 4)
         z = in_order(
-            _load_columns(ptr, every, end, FILL, MASKED),
-            _load_columns(ptr, every + 1, end, FILL, MASKED),
-            _load_columns(ptr, every + 2, end, FILL, MASKED),
-            _load_columns(ptr, every + 3, end, FILL, MASKED),
+            _load_columns(ptr, fourth, end, FILL, MASKED),
+            _load_columns(ptr + 1, fourth, end - 1, FILL, MASKED),
+            _load_columns(ptr + 2, fourth, end - 2, FILL, MASKED),
+            _load_columns(ptr + 3, fourth, end - 3, FILL, MASKED),
         )
     else:
         z = _load_columns(ptr, first + tl.arange(0, BLOCK), end, FILL, MASKED)

@@ -59,7 +59,7 @@ def _draw(
     """(maximum, sum of e^(x - maximum), largest x + G, its token) of the x that `limits` keep in
     columns [start, end); of z and the largest z / T + G where not FILTERED."""
     lanes = softmax_start(BLOCK, GROUP)
-    places = tl.zeros((BLOCK // GROUP,), tl.int32)  # blocks where the maxima were met
+    places = tl.zeros((BLOCK // GROUP,), tl.int32) + start  # blocks where the maxima were met
     lead = lead_start(start, BLOCK)
     top = float("-inf")
     for first in tl.range(start, end, BLOCK):
