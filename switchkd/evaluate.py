@@ -69,17 +69,25 @@ class Checkpoint:
         check_lengths(model, [[0] * args.max_prompt_length], args.max_new_tokens)
         return model.to(device).eval()
 
-    def fingerprint(self, rows: Sequence[Row], dtype: str) -> str:
-        """Changes with anything that the responses depend on beside SETTINGS: rows as this model
-        reads them, how it is loaded, and the size and time of its files."""
+    def _how(self, dtype: str) -> tuple:
+        """How the model is loaded, and the size and time of its weights."""
         stats = [
             (file.name, file.stat().st_size, file.stat().st_mtime_ns)
             for folder in filter(None, (self.name, self.adapter))
             for pattern in ("*.safetensors", "*.gguf")
             for file in sorted(Path(folder).glob(pattern))
         ]
-        how = (self.name, self.adapter, self.gguf_file, self.layers, dtype, stats)
-        return _digest([how, [(row.id, row.prompt_ids, row.example.references) for row in rows]])
+        return (self.name, self.adapter, self.gguf_file, self.layers, dtype, stats)
+
+    def fingerprint(self, dtype: str) -> str:
+        """Changes with the model: all sets of a label must be scored by one."""
+        return _digest(self._how(dtype))
+
+    def set_fingerprint(self, rows: Sequence[Row], dtype: str) -> str:
+        """Changes with anything that the responses depend on beside SETTINGS: the rows as this
+        model reads them, and the model."""
+        read = [(row.id, row.prompt_ids, row.example.references) for row in rows]
+        return _digest([self._how(dtype), read])
 
 
 def _digest(value) -> str:
@@ -234,6 +242,36 @@ def note_set(results: dict, name: str, source: Source, rows: Sequence[Row]) -> N
     }
 
 
+def take_up(
+    checkpoint: Checkpoint,
+    keys: dict[str, str],
+    results: dict,
+    args: EvalArguments,
+    console: Console,
+) -> dict:
+    """What the results hold of a label. If another model has made it, nothing: an average would be
+    over both. `keys`: the fingerprint of each set that is asked for."""
+    label, name = checkpoint.label, checkpoint.adapter or checkpoint.name
+    mine = {"sets": {}, "model": name} | results["models"].get(label, {})
+    fingerprint, sets = checkpoint.fingerprint(args.dtype), mine["sets"]
+    if "fingerprint" in mine:
+        same = mine["fingerprint"] == fingerprint
+    else:  # a file of before there was one: by name, and by the sets asked for that it has
+        known = keys.keys() & sets.keys()
+        same = mine["model"] == name and all(sets[n]["fingerprint"] == keys[n] for n in known)
+    if sets and not same:
+        was = f" ({mine['model']})" if mine["model"] != name else ""
+        console.print(
+            f"{label}: {args.json} holds scores of another model{was} for {', '.join(sets)}; "
+            "they are dropped",
+            markup=False,
+            highlight=False,
+        )
+        sets = {}
+    results["models"][label] = {"sets": sets, "model": name, "fingerprint": fingerprint}
+    return results["models"][label]
+
+
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
     sets: dict[str, list[Row]],
@@ -244,12 +282,11 @@ def evaluate_checkpoint(
 ) -> None:
     """Fill in what `results` lacks of one model, set by set, and write it down."""
     label, folder, model = checkpoint.label, args.save_responses, None
-    mine = results["models"].setdefault(label, {"sets": {}})
-    mine["model"] = checkpoint.adapter or checkpoint.name
+    keys = {name: checkpoint.set_fingerprint(rows, args.dtype) for name, rows in sets.items()}
+    mine = take_up(checkpoint, keys, results, args, console)
     for name, rows in sets.items():
-        key = checkpoint.fingerprint(rows, args.dtype)
         complete = folder is None or responses_file(folder, label, name).exists()
-        if complete and mine["sets"].get(name, {}).get("fingerprint") == key:
+        if complete and mine["sets"].get(name, {}).get("fingerprint") == keys[name]:
             console.print(f"{label}, {name}: taken from {args.json}", highlight=False)
             continue
         if model is None:
@@ -261,7 +298,7 @@ def evaluate_checkpoint(
         )
         if folder is not None:
             write_responses(folder, label, name, rows, args.seeds, responses)
-        mine["sets"][name] = {"fingerprint": key, **scores}
+        mine["sets"][name] = {"fingerprint": keys[name], **scores}
         write(args.json, json.dumps(results, indent=1) + "\n")
 
 

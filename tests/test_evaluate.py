@@ -226,6 +226,44 @@ def test_finished_sets_outlive_a_killed_run_and_are_not_run_again(model_dir, mon
     assert asked == [5] and list(results(model_dir, "k.json")["sets"]) == ["tiny"]
 
 
+def test_a_label_has_scores_of_one_model_alone(model_dir, capsys):
+    """Another model, or other weights under its name, on fewer sets: the others' scores go."""
+    data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
+    options = dict(labels="m", seeds=[1])
+
+    def kept():
+        model = results(model_dir, "l.json")["models"]["m"]
+        return list(model["sets"]), model["model"]
+
+    def run(**changes):
+        assert evaluate(model_dir, "l.json", **{**options, **changes}) == 0
+        return "scores of another model" in capsys.readouterr().out
+
+    model, other = str(model_dir / "model"), str(model_dir / "other")
+    assert not run(data=data) and not run()
+    assert kept() == (["tiny", "more"], model)
+    assert run(model_name_or_path=other) and kept() == (["tiny"], other)
+    assert not run(model_name_or_path=other, data=data)
+    save_model(model_dir / "other", seed=5)
+    assert run(model_name_or_path=other) and kept() == (["tiny"], other)
+
+
+def test_results_of_before_a_label_had_a_fingerprint_go_on(model_dir, capsys):
+    data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
+    options = dict(labels="m", seeds=[1])
+    for change, kept in ((None, ["tiny", "more"]), (5, ["tiny"])):
+        assert evaluate(model_dir, "o.json", data=data, **options) == 0
+        before = results(model_dir, "o.json")
+        before["models"]["m"].pop("fingerprint", None)
+        (model_dir / "o.json").write_text(json.dumps(before))
+        capsys.readouterr()
+        if change is not None:
+            save_model(model_dir / "model", seed=change)
+        assert evaluate(model_dir, "o.json", **options) == 0
+        assert list(results(model_dir, "o.json")["models"]["m"]["sets"]) == kept
+        assert ("taken from" in capsys.readouterr().out) is (change is None)
+
+
 def test_no_ngram_twice(model_dir, capsys):
     rules, texts = {"seeds": [1], "max_new_tokens": 60}, []
     for size in (0, 1):
