@@ -34,12 +34,21 @@ from switchkd.models import (
     Vocabulary,
     check_weights,
     cut_layers,
+    hub_commit,
     load_model,
     load_tokenizer,
     share_vocabulary,
 )
 from switchkd.records import EVALUATED
 from switchkd.rollout import Sampling, check_lengths
+
+CONFIGS = (  # beside the weights, and not all *.json: results may be written into the folder
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,13 @@ class Checkpoint:
         return (self.name, self.adapter, self.gguf_file, self.layers, dtype, stats)
 
     def fingerprint(self, dtype: str) -> str:
-        """Changes with the model: all sets of a label must be scored by one."""
-        return _digest(self._how(dtype))
+        """Changes with the model: all sets of a label must be scored by one. A model's settings
+        count, too, by what they say; of the Hub's models there is the commit."""
+        folders = [Path(folder) for folder in filter(None, (self.name, self.adapter))]
+        files = [folder / name for folder in folders for name in CONFIGS]
+        said = [(file.name, file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        commit = None if folders[0].is_dir() else hub_commit(self.name, (self.gguf_file, *CONFIGS))
+        return _digest([self._how(dtype), said, commit])
 
     def set_fingerprint(self, rows: Sequence[Row], dtype: str) -> str:
         """Changes with anything that the responses depend on beside SETTINGS: the rows as this

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -52,6 +54,12 @@ def load_model(name: str, *, dtype="auto", gguf_file: str | None = None, **kwarg
 def load_config(name: str, *, gguf_file: str | None = None, **kwargs):
     """The configuration of what `load_model` would load; no weights are read."""
     return _load(AutoConfig, name, gguf_file, **kwargs)
+
+
+def hub_commit(name: str, files: Iterable[str | None]) -> str | None:
+    """The commit of a model on the Hub, of which any of these files has been loaded."""
+    cached = (try_to_load_from_cache(name, file) for file in files if file is not None)
+    return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
 
 
 def _load(factory, name: str, gguf_file: str | None, **kwargs):

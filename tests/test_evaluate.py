@@ -248,6 +248,29 @@ def test_a_label_has_scores_of_one_model_alone(model_dir, capsys):
     assert run(model_name_or_path=other) and kept() == (["tiny"], other)
 
 
+def test_a_models_settings_and_its_commit_on_the_hub_are_part_of_it(model_dir, monkeypatch):
+    folder, hub = model_dir / "model", model_dir / "hub" / "models--some--model"
+
+    def fingerprint(name):
+        return Checkpoint("m", str(name), None, None, None, None).fingerprint("auto")
+
+    seen = [fingerprint(folder)]
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, "eos_token_id": 7}))
+        seen.append(fingerprint(folder))
+    (folder / "results.json").write_text("{}")
+    assert len(set(seen)) == 4 and fingerprint(folder) == seen[-1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    for commit in ("1" * 40, "2" * 40):
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        (hub / "snapshots" / commit / "tokenizer.json").write_text("{}")
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / "main").write_text(commit)
+        seen += [fingerprint("some/model")] * 2
+    assert len(set(seen)) == 6
+
+
 def test_results_of_before_a_label_had_a_fingerprint_go_on(model_dir, capsys):
     data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
     options = dict(labels="m", seeds=[1])
