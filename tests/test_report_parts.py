@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import SWITCHED, Page, ids, record, write_run
 
+from switchkd.report.__main__ import make
 from switchkd.report.figures import thin
 from switchkd.report.rollouts import METRICS, Rollouts, read_rollouts
 from switchkd.report.samples import HALF, choose, pieces, visible
@@ -39,6 +40,20 @@ def test_aggregates_of_a_run_written_by_hand(tmp_path):
     wide = got.buckets(most=2)
     assert wide.share.tolist() == [0.25, 2 / 3] and wide.stop.tolist() == [2, 4]
     np.testing.assert_allclose(wide.tau[0], math.sqrt(0.5))
+
+
+def test_a_completion_that_was_replayed_is_counted_once(tmp_path):
+    nothing = dict.fromkeys(("teacher_logprob", "student_logprob"), [None] * 3)
+    replayed = record(5, 0, [0, 1, 1], [None] * 3, [None] * 3, replay_of=1, **nothing)
+    folder = write_run(tmp_path / "run", [*SWITCHED, replayed, {**replayed, "step": 6}])
+    got = read_rollouts(folder / "completions.jsonl", METRICS["switch"])
+    assert (got.tokens, got.teacher_tokens, got.compared, got.replayed) == (7, 3, 6, 2)
+    assert got.shares() == [(1, 2 / 3), (4, 1 / 4)] and got.buckets().tokens[0] == 2
+    assert choose(got) == ([0], [1])
+    body = Page(make(folder).read_text(encoding="utf-8")).body()
+    assert "rollout tokens 7" in body and "steps 6" in body
+    assert "replayed completions 2, not counted again" in body
+    assert "14.3 % of the tokens were written without a comparison" in body
 
 
 @settings(max_examples=30, deadline=None)

@@ -77,6 +77,8 @@ def facts(run: Run, rollouts: Rollouts | None) -> list[tuple[str, str]]:
         ]
     else:
         found[0] = ("rollouts", "none")
+    if rollouts is not None and rollouts.replayed:
+        found.append(("replayed completions", f"{rollouts.replayed:,}, not counted again"))
     if seconds:
         found.append(("training time", duration(seconds)))
     return found

@@ -77,12 +77,13 @@ class Buckets:
 
 
 class Rollouts:
-    """Counts over all tokens, and where each completion stands in the file."""
+    """Counts over all tokens that were written, and where each completion stands in the file."""
 
     def __init__(self, metric: Metric):
         self.metric = metric
         bins = len(metric.edges) - 1
         self.length = self.broken = 0  # longest completion, unreadable lines
+        self.replayed = 0  # completions of earlier steps, trained on again: not written anew
         self.by_writer = np.zeros((2, bins), np.int64)
         self._counts = np.zeros((64, 2), np.int64)  # by position: tokens, teacher's
         self._tau = np.zeros((64, 2))  # by position: finite thresholds, sum of their logarithms
@@ -112,6 +113,10 @@ class Rollouts:
         n = len(record["tokens"])
         if any(len(record[name]) != n for name in COLUMNS):
             raise ValueError("lists of different lengths")
+        counts = self.by_step.setdefault(step, [0, 0])
+        if "replay_of" in record:
+            self.replayed += 1
+            return
         while n > len(self._counts):
             for name in ("_counts", "_tau", "_bins"):
                 table = getattr(self, name)
@@ -127,7 +132,6 @@ class Rollouts:
         bins = (np.searchsorted(edges, divergence[at], "right") - 1).clip(0, len(edges) - 2)
         self._bins[at, bins] += 1  # every position stands once in `at`
         np.add.at(self.by_writer, (teacher[at], bins), 1)
-        counts = self.by_step.setdefault(step, [0, 0])
         counts[0] += n
         counts[1] += int(teacher.sum())
         for column, value in ((self.steps, step), (self.rows, row), (self.offsets, offset)):
