@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from switchkd import models
 from switchkd.config import SwitchConfig
 from switchkd.data import Rows
 
@@ -33,6 +34,13 @@ def check_arguments(model, args, others: dict) -> None:
     if model is None:
         raise ValueError("model: got None, expected a causal language model, its Hub id or folder")
     check_machine(args)
+
+
+def check_tokenizers(**given) -> None:
+    """Those that are given can end responses, and fill up a batch."""
+    for name, tokenizer in given.items():
+        if tokenizer is not None:
+            models.check_tokenizer(tokenizer, name)
 
 
 def check_machine(args: SwitchConfig) -> None:

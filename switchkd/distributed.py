@@ -275,6 +275,12 @@ class ShardedTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_whole(self.model, resume_from_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result):
+        """A tied head is not in the checkpoint: nothing is missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self):
         if not self.is_fsdp_enabled:
             return super()._load_best_model()

@@ -28,8 +28,13 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None, **kwargs):
     Masks are built from lengths, never from ids, so pad == eos is harmless here.
     """
     tokenizer = _load(AutoTokenizer, name, gguf_file, **kwargs)
+    return check_tokenizer(tokenizer, f"tokenizer of {name}")
+
+
+def check_tokenizer(tokenizer, name: str):
+    """The tokenizer, its pad token set; ValueError if nothing could end a response."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer of {name}: got no EOS token, expected one to end responses")
+        raise ValueError(f"{name}: got no EOS token, expected one to end responses")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

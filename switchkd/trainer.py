@@ -77,6 +77,8 @@ class SwitchTrainer(RolloutTrainer):
     ):
         args = args or SwitchConfig()
         checks.check_arguments(model, args, kwargs)
+        given = {"processing_class": processing_class}
+        checks.check_tokenizers(**given, teacher_processing_class=teacher_processing_class)
         if isinstance(model, str):
             processing_class = processing_class or models.load_tokenizer(model)
             model = models.load_model(model, dtype="float32")
@@ -337,12 +339,6 @@ class SwitchTrainer(RolloutTrainer):
         )
 
     # ------------------------------------------------------------------ checkpoints
-
-    def _issue_warnings_after_load(self, load_result):
-        """A tied head is not in the checkpoint: nothing is missing."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in tied]
-        super()._issue_warnings_after_load(load_result)
 
     def _determine_best_metric(self, metrics, trial):
         """A stop is saved, too, where only the best is."""

@@ -56,6 +56,21 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
         build(tmp_path, model=model.requires_grad_(False))
 
 
+@pytest.mark.parametrize("role", ["processing_class", "teacher_processing_class"])
+def test_a_tokenizer_needs_no_pad_token_but_one_that_ends_responses(tmp_path, role):
+    """GPT-2's and Llama's have none to fill up a batch."""
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    options = dict(max_steps=1, max_new_tokens=9, max_prompt_length=40, lmbda=1.0, use_cpu=True)
+    args = SwitchConfig(output_dir=str(tmp_path), disable_tqdm=True, **options)
+    trainer = build(tmp_path, args=args, **{role: tokenizer})
+    trainer.train()
+    assert trainer.totals["tokens"] > 0 and tokenizer.pad_token == "<eos>"
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=f"^{role}: got no EOS token, expected one to end resp"):
+        build(tmp_path, **{role: tokenizer})
+
+
 @pytest.mark.parametrize("method", ["sft", "kd", "switch"])
 def test_rows_without_a_response_need_lmbda_1(tmp_path, method):
     prompts = [{"prompt": "hi"}, {"prompt": "ho", "completion": "he"}]
