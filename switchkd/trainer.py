@@ -52,10 +52,11 @@ class SwitchTrainer(RolloutTrainer):
     model, teacher_model: causal language models, or their Hub ids or folders (the student is then
     loaded in float32, the teacher in its own type); the teacher may be None for
     `loss_type="cross_entropy"`. args: SwitchConfig. train_dataset, eval_dataset: rows in
-    one of the forms of `switchkd.data` (a `datasets.Dataset` or a list of dicts), or tokenised
-    `Rows`. processing_class: the tokenizer of both models. peft_config: train an adapter instead of
-    the whole student (needs peft). Other arguments as in `transformers.Trainer`, without those
-    that take the place of batches, loss or metrics (`checks.UNUSED`).
+    one of the forms of `switchkd.data` (a `datasets.Dataset` or a list of dicts), without those
+    over max_prompt_length or a response over max_new_tokens, which are logged; or tokenised `Rows`.
+    processing_class: the tokenizer of both models. peft_config: train an adapter instead of the
+    whole student (needs peft). Other arguments as in `transformers.Trainer`, without those that
+    take the place of batches, loss or metrics (`checks.UNUSED`).
 
     Raises ValueError for models that do not share a tokenizer, rows that fit no form, impossible
     lengths, and whatever else `checks` refuses, all before training starts.
@@ -147,9 +148,12 @@ class SwitchTrainer(RolloutTrainer):
 
     @staticmethod
     def _rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
-        limits = (args.max_prompt_length, args.max_new_tokens)
-        tokenised = dataset is None or isinstance(dataset, Rows)
-        return dataset if tokenised else rows_from(dataset, tokenizer, *limits)
+        if dataset is None or isinstance(dataset, Rows):
+            return dataset
+        rows = rows_from(dataset, tokenizer, args.max_prompt_length, args.max_new_tokens)
+        if rows.report.left_out and args.process_index == 0:
+            log.warning("note: %s", rows.report)
+        return rows
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `transformers.Trainer`; a resumed run goes on as if it had not been interrupted."""

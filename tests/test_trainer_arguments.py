@@ -110,6 +110,25 @@ def test_what_the_models_do_not_share_is_told_once(tmp_path, caplog):
     assert any("padded" in note or "smaller" in note for note in told)
 
 
+def test_rows_that_are_left_out_are_told(tmp_path, caplog):
+    """Of training, of validation and of `evaluate`: as the command prints them."""
+    rows = [*ROWS, {"prompt": "q" * 50, "completion": "a"}, {"prompt": "a", "completion": "b" * 20}]
+
+    def told(work):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            work()
+        return [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+
+    made = []
+    for dataset in ("train_dataset", "eval_dataset"):
+        (note,) = told(lambda name=dataset: made.append(build(tmp_path, **{name: rows})))
+        assert "dataset: 8 rows (prompt/completion; none template)" in note
+        assert "left out 1 rows with a prompt over 40 tokens: line 9" in note
+        assert "left out 1 rows with a response over 9 tokens: line 10" in note
+    assert len(told(lambda: made[0].evaluate(rows))) == 1 and not told(made[0].evaluate)
+
+
 @pytest.mark.parametrize(
     ("capability", "bf16", "said"),
     [("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False)],
