@@ -3,7 +3,7 @@
 Three forms are understood, by their keys:
     instruction / input / output        (Alpaca, and Dolly's instruction / context / response)
     prompt / completion                 (strings or lists of messages; completion may be absent)
-    messages                            (the last assistant message is the response)
+    messages                            (the last assistant message is the response; no tools)
 No row is dropped silently: every row that is left out is counted with its reason and line number.
 Malformed rows stop the run, unless it is told to leave them out, too.
 """
@@ -244,7 +244,11 @@ def _messages(record: Mapping, key: str) -> tuple[Mapping[str, str], ...]:
     messages = record[key]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{key}: expected a non-empty list of messages")
+    if record.get("tools"):  # as text alone, such a row would teach something else
+        raise ValueError(f"tools: got {record['tools']!r:.60}, expected messages without tools")
     for message in messages:
+        if isinstance(message, Mapping) and message.get("tool_calls"):
+            raise ValueError(f"{key}: got a message with tool_calls, expected a text content alone")
         fields = isinstance(message, Mapping) and (message.get("role"), message.get("content"))
         if not fields or not all(isinstance(f, str) for f in fields):
             raise ValueError(f"{key}: expected messages with a role and a text content")

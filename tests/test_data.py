@@ -188,6 +188,26 @@ def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
     assert len(examples) == 1 and report.left_out == {"malformed rows": [2]}
 
 
+@pytest.mark.parametrize("content", ["", None, "I look."])
+def test_rows_that_call_tools_are_malformed(content, tokenizer):
+    """Their calls would be missing from the prompt, without a word."""
+    tokenizer.chat_template = CHAT
+    ask, answer = message("user", "Rain?"), message("assistant", "No.")
+    call = {**message("assistant", content), "tool_calls": [{"function": {"name": "look"}}]}
+    turns = [ask, call, message("tool", "dry"), answer]
+    for record, said in (
+        ({"messages": turns}, "messages: got a message with tool_calls"),
+        ({"prompt": turns[:3], "completion": "No."}, "prompt: got a message with tool_calls"),
+        ({"prompt": [ask], "completion": turns[1:]}, "completion: got a message with tool_calls"),
+        ({"messages": [ask, answer], "tools": [{"name": "look"}]}, r"tools: got \[.*, expected"),
+    ):
+        with pytest.raises(ValueError, match=f"malformed rows.*\nline 1: {said}"):
+            tokenized([record], tokenizer)
+    # a column that other rows of a data set fill
+    columns = {"messages": [{**ask, "tool_calls": None}, {**answer, "tool_calls": []}]}
+    assert len(tokenized([{**columns, "tools": None}], tokenizer)) == 1
+
+
 def test_files_of_other_programs_are_read_or_named(tmp_path, tokenizer):
     def file(name, text, encoding="utf-8"):
         (tmp_path / name).write_text(text, encoding=encoding, newline="")
