@@ -180,7 +180,7 @@ def examples_from(
         report.form = form
         if not messages[-1]["content"].strip():
             report.drop("rows with an empty prompt", line)
-        elif references and not any(r.strip() for r in references):
+        elif references and not (references := tuple(r for r in references if r.strip())):
             report.drop("rows with an empty response", line)
         else:
             examples.append(Example(messages, references, line, str(record.get("source", ""))))

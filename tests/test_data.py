@@ -144,6 +144,13 @@ def test_several_references_are_kept(tokenizer):
     assert tokenizer.decode(row.completion_ids) == "3<eos>"
 
 
+def test_blank_references_are_none(tokenizer):
+    """The first of a row is trained on: a blank one would teach to end at once."""
+    (row,) = tokenized([{**ALPACA, "output": ["", " \n", "3", "", "three"]}], tokenizer).rows
+    assert row.example.references == ("3", "three")
+    assert tokenizer.decode(row.completion_ids) == "3<eos>"
+
+
 def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
     rows = [ALPACA, {**ALPACA, "output": " "}, {**ALPACA, "instruction": ""}, ALPACA]
     rows.append({**ALPACA, "output": "x" * 51})
