@@ -301,7 +301,8 @@ def evaluate_checkpoint(
     for name, rows in sets.items():
         complete = folder is None or responses_file(folder, label, name).exists()
         if complete and mine["sets"].get(name, {}).get("fingerprint") == keys[name]:
-            console.print(f"{label}, {name}: taken from {args.json}", highlight=False)
+            taken = f"{label}, {name}: taken from {args.json}"
+            console.print(taken, markup=False, highlight=False)
             continue
         if model is None:
             model = checkpoint.load(args, device)
@@ -334,7 +335,7 @@ def run(args: EvalArguments, console: Console) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    console, argv = Console(), sys.argv[1:] if argv is None else argv
+    console, argv = Console(emoji=False), sys.argv[1:] if argv is None else argv
     parser = Parser(EvalArguments, prog="python -m switchkd.evaluate", allow_abbrev=False)
     path = None
     try:
@@ -347,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(str(error), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
-        console.print(f"stopped; finished sets are in {path}: the same command goes on")
+        said = f"stopped; finished sets are in {path}: the same command goes on"
+        console.print(said, markup=False)
         return 130
     return 0
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 FLOORS = {"prompt_copied": "prompt copied", "another_reference": "another reference"}
 
@@ -68,15 +69,16 @@ def caption(results: dict) -> str:
 
 
 def print_results(results: dict, console: Console) -> None:
+    """Labels and names of sets as they are: in brackets, rich would take them for its markup."""
     header, models, floors = rows_of(results)
-    table = Table(caption=caption(results))
-    for i, column in enumerate(header):
-        table.add_column(column, justify="right" if i else "left", min_width=None if i else 8)
+    table = Table(caption=Text(caption(results), "table.caption"))
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if i else "left", min_width=None if i else 8)
     for row in models:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     table.add_section()
     for row in floors:
-        table.add_row(*row, style="dim")
+        table.add_row(*map(Text, row), style="dim")
     console.print(table)
 
 

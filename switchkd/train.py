@@ -114,7 +114,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     stop.install()
     trainer.add_callback(stop)
     if resume is not None:
-        console.print(f"resuming from {resume}")
+        console.print(f"resuming from {resume}", markup=False)
     elif config.eval_strategy != "no":
         trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
     trainer.start_clock()
@@ -122,7 +122,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     if stop.stopping:
         console.print(
             f"stopped at step {trainer.state.global_step}; continue with "
-            f"--resume_from_checkpoint last --output_dir {config.output_dir}"
+            f"--resume_from_checkpoint last --output_dir {config.output_dir}",
+            markup=False,
         )
         return 130
     totals = trainer.run_state()["totals"]
@@ -134,7 +135,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         path = Path(config.output_dir) / SUMMARY
         path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print_summary(summary, console)
-        console.print(f"model and {SUMMARY} are in {config.output_dir}")
+        console.print(f"model and {SUMMARY} are in {config.output_dir}", markup=False)
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still needs it
     return 0
 

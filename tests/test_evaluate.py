@@ -199,6 +199,17 @@ def test_checkpoints_side_by_side_share_one_engine_each(model_dir, monkeypatch):
     assert sum(of_first) / 3 == pytest.approx(cells["A"][1]["seeds"][0])
 
 
+def test_labels_and_names_in_brackets_are_shown_as_they_are(model_dir, capsys):
+    """To rich a bracket begins its markup, and one that ends none stops it."""
+    models = [model_dir / "model", model_dir / "other"]
+    names = dict(labels=["[alpha] :fire:", "[/x]"], data=f"[red]=={model_dir}/rows.jsonl")
+    for _ in range(2):  # decoded, and taken from the file
+        assert evaluate(model_dir, "b.json", model_name_or_path=models, seeds=[1], **names) == 0
+        shown = capsys.readouterr().out.split("prompt copied")[0]
+        for text in ("│ [alpha] :fire:", "│ [/x]", "┃ [red]= (5)"):
+            assert text in shown
+
+
 def test_no_ngram_twice(model_dir, capsys):
     rules, texts = {"seeds": [1], "max_new_tokens": 60}, []
     for size in (0, 1):
