@@ -284,7 +284,7 @@ def tokenize(
     rows = []
     for example in examples:
         text = _prompt_text(example, report.source, tokenizer, template)
-        prompt = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+        prompt = _prompt_ids(text, tokenizer, template)
         completion = []
         if example.references:
             response = example.references[0]
@@ -357,6 +357,16 @@ def _prompt_text(example: Example, source: str, tokenizer, template: str) -> str
     if template == "alpaca":
         return alpaca_prompt(message["content"], message.get("input", ""))
     return message["content"]
+
+
+def _prompt_ids(text: str, tokenizer, template: str) -> list[int]:
+    """With the special tokens that begin a text, which a chat template writes itself; without an
+    EOS that the tokenizer puts after each text: the response would begin behind its own end."""
+    ids = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+    if template != "chat" and ids[-1:] == [tokenizer.eos_token_id]:
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if ids[-len(own) :] == own else ids[:-1]
+    return ids
 
 
 def _keys(example: Example, text: str) -> tuple:

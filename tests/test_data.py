@@ -6,6 +6,7 @@ import pytest
 from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from switchkd.data import (
     Report,
@@ -117,6 +118,20 @@ def test_turns_of_a_completion_before_the_last_belong_to_the_prompt(tokenizer):
 def test_an_end_that_is_there_already_is_not_doubled(tokenizer):
     (row,) = tokenized([{"prompt": "a", "completion": "b<eos>"}], tokenizer).rows
     assert row.completion_ids == [*tokenizer("b")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("ends", ["", "<eos>"])
+def test_an_end_that_a_tokenizer_puts_after_each_text_is_not_in_the_prompt(tokenizer, ends):
+    special = [("<pad>", 0), ("<eos>", 1)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=special
+    )
+    record = {"prompt": f"hi{ends}", "completion": "yo"}
+    (row,) = tokenized([record], tokenizer).rows
+    assert tokenizer.decode(row.prompt_ids) == f"<pad>hi{ends}"
+    assert tokenizer.decode(row.completion_ids) == "yo<eos>"
+    (row,) = tokenized([ALPACA], tokenizer).rows
+    assert tokenizer.decode(row.prompt_ids) == "<pad>" + alpaca_prompt("Add.", "1 and 2")
 
 
 @pytest.mark.parametrize("given", ["rows.jsonl", {"train": [], "test": []}])
