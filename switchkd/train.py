@@ -117,7 +117,6 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         console.print(f"resuming from {resume}", markup=False)
     elif config.eval_strategy != "no":
         trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
-    trainer.start_clock()
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopping:
         console.print(
@@ -126,11 +125,10 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
             markup=False,
         )
         return 130
-    totals = trainer.run_state()["totals"]
     after = scores(trainer.evaluate(metric_key_prefix="after"), "after")
     trainer.save_model(config.output_dir)
     trainer.save_state()  # the whole log: a checkpoint holds it up to its own step
-    summary = summarise(trainer, totals, after, eval_rows)
+    summary = summarise(trainer, after, eval_rows)
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / SUMMARY
         path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -144,9 +142,10 @@ def scores(result: dict, prefix: str) -> dict:
     return {key.removeprefix(f"{prefix}_"): value for key, value in result.items()}
 
 
-def summarise(trainer: SwitchTrainer, totals: dict, after: dict, eval_rows: Rows) -> dict:
+def summarise(trainer: SwitchTrainer, after: dict, eval_rows: Rows) -> dict:
     """The content of summary.json."""
-    tokens, args = totals["tokens"], trainer.args
+    totals, args = trainer.totals, trainer.args
+    tokens = totals["tokens"]
     best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     return {
         "before": trainer.before or {},

@@ -105,8 +105,7 @@ class SwitchTrainer(RolloutTrainer):
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:
                 models.check_weights(checked, role)
-                limit = [[0] * args.max_prompt_length]
-                check_lengths(checked, limit, args.max_new_tokens)
+                check_lengths(checked, [[0] * args.max_prompt_length], args.max_new_tokens)
         if args.disable_dropout:
             models.disable_dropout(model)
         if peft_config is not None:
@@ -144,7 +143,7 @@ class SwitchTrainer(RolloutTrainer):
         self._last_sample = None
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
         self.before: dict[str, float] | None = None
-        self._clock = time.time()
+        self._clock: float | None = None  # since when time counts as training
 
     @staticmethod
     def _rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
@@ -163,8 +162,12 @@ class SwitchTrainer(RolloutTrainer):
             self.load_run_state(checkpoint)
         else:
             self._begin()
-        with without_cudnn():
-            return super().train(checkpoint, *args, **kwargs)
+        self._clock = time.time()
+        try:
+            with without_cudnn():
+                return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.totals, self._clock = self._totals(), None
 
     def _begin(self) -> None:
         """What a run that is not resumed needs before its first step."""
@@ -204,8 +207,7 @@ class SwitchTrainer(RolloutTrainer):
         if self._lm_blocks is not None:
             for batch in batches:
                 batch["lm_ids"] = self._choose_blocks(batch["row_ids"], epoch)
-        counts = [sum(len(text.tokens) for text in texts), len(texts)]
-        counts = torch.tensor(counts, device=device)
+        counts = torch.tensor([sum(len(text.tokens) for text in texts), len(texts)], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
@@ -359,15 +361,13 @@ class SwitchTrainer(RolloutTrainer):
         except Exception as error:  # a full disk surfaces as OSError, RuntimeError, SafetensorError
             raise unsaved(folder, error) from error
 
-    def start_clock(self) -> None:
-        """From here on, time counts as training."""
-        self._clock = time.time()
+    def _totals(self) -> dict[str, float]:
+        running = 0.0 if self._clock is None else time.time() - self._clock
+        return self.totals | {"seconds": self.totals["seconds"] + running}
 
     def run_state(self) -> dict:
-        totals = dict(self.totals)
-        totals["seconds"] += time.time() - self._clock
         return {
-            "totals": totals,
+            "totals": self._totals(),
             "before": self.before,
             "mixture": self.mixture.state(),
             "calibration": self.calibration,

@@ -8,6 +8,7 @@ from conftest import byte_tokenizer, tiny_model
 from test_trainer import ROWS, SIZE, make
 from transformers import TrainingArguments
 
+from switchkd.checkpoint import read_run_state
 from switchkd.config import SwitchConfig
 from switchkd.data import rows_from
 from switchkd.trainer import SwitchTrainer
@@ -94,6 +95,27 @@ def test_evaluate_takes_rows_in_any_form(tmp_path):
         trainer.evaluate()
     with pytest.raises(TypeError, match="predict: expected evaluate"):
         trainer.predict(ROWS)
+
+
+def test_only_training_counts_as_training_time(tmp_path, monkeypatch):
+    """Not what a notebook does before it, between two trainings, or after them."""
+    now, idle = [0.0], 1000.0
+    monkeypatch.setattr("switchkd.trainer.time.time", lambda: now[0])
+    roll_out = SwitchTrainer.roll_out
+
+    def takes_three_seconds(*args):
+        now[0] += 3
+        return roll_out(*args)
+
+    monkeypatch.setattr(SwitchTrainer, "roll_out", takes_three_seconds)
+    trainer = make(tmp_path, lmbda=1.0, max_steps=2, save_strategy="steps", save_steps=1)
+    for wanted in (6, 12):
+        now[0] += idle
+        trainer.train()
+        now[0] += idle
+        saved = [read_run_state(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+        seconds = [state["totals"]["seconds"] for state in [*saved, trainer.run_state()]]
+        assert seconds == [wanted - 3, wanted, wanted] and trainer.totals["seconds"] == wanted
 
 
 def test_nothing_is_logged_by_steps_where_logging_steps_is_0(tmp_path):
