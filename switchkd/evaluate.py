@@ -128,7 +128,12 @@ def read_set(
     """The rows with a reference as each checkpoint reads them: those that are short enough for all,
     or scores could not be compared."""
     limit = min((n for n in (source.first, args.limit) if n is not None), default=None)
-    examples, report = read_examples(source.files[0], split=args.split or EVALUATED, limit=limit)
+    examples, report = read_examples(
+        source.files[0],
+        split=args.split or EVALUATED,
+        limit=limit,
+        skip_malformed=args.skip_malformed,
+    )
     examples = [e for e in examples if e.references]
     if not examples:
         raise ValueError(f"{report.source}: got no row with a reference")

@@ -64,6 +64,7 @@ class EvalArguments:
         f"Split of Hub data; by default the first that there is of {', '.join(EVALUATED)}."
     )
     limit: int | None = option("At most so many rows of each set.")
+    skip_malformed: bool = option("Leave malformed rows out instead of stopping.", False)
     batch_size: int = option("Rows decoded together.", 32)
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)

@@ -285,6 +285,16 @@ def test_the_split_of_a_data_set_is_test_or_the_one_named(model_dir):
         assert len(rows) == count
 
 
+def test_malformed_rows_stop_or_are_left_out(model_dir, capsys):
+    with (model_dir / "rows.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert evaluate(model_dir, "s.json", seeds=[1]) == 1
+    assert "skip_malformed: true" in capsys.readouterr().out
+    assert evaluate(model_dir, "s.json", seeds=[1], skip_malformed="true") == 0
+    assert "left out 1 malformed rows: line 6" in capsys.readouterr().out
+    assert results(model_dir, "s.json")["sets"]["tiny"]["rows"] == 5
+
+
 def test_bad_arguments_are_told(model_dir, capsys):
     def said():
         return " ".join(capsys.readouterr().out.split())
