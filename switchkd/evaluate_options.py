@@ -122,9 +122,20 @@ def find_sets(args: EvalArguments) -> dict[str, Source]:
             files = [file for known in PAPER_SETS.values() for file in known.files]
             raise ValueError(f"data_dir: {folder} has none of {files}")
     for item in args.data:
-        name, _, source = item.rpartition("=")
+        name, source = _split(item)
         name = name or Path(source).stem
         if name in sets:
             raise ValueError(f"data: got two sets {name}, expected a name for each (NAME={source})")
         sets[name] = Source((source,))
     return sets or {"embedded": Source((EMBEDDED,))}
+
+
+def _split(item: str) -> tuple[str, str]:
+    """(name or nothing, source): at the first = behind which is a file or folder, which may be
+    called year=2024; else at the last."""
+    parts = item.split("=")
+    for at in range(len(parts)):
+        name, source = "=".join(parts[:at]), "=".join(parts[at:])
+        if Path(source).exists():
+            break
+    return name, source

@@ -68,6 +68,12 @@ def test_sets_of_the_paper_are_found_by_file(tmp_path):
     assert sets["Dolly"].files == (str(tmp_path / "dolly" / "test.jsonl"),)
     assert sets["SelfInst"].first == 242 and sets["UnNI short"].note and not sets["Dolly"].note
     assert {"Dolly", "SelfInst", "Vicuna", "S-NI", "UnNI"} < set(PAPER_SETS)
+    (tmp_path / "year=2024").mkdir()
+    file = tmp_path / "year=2024" / "x.jsonl"
+    file.write_text("{}\n")
+    sets = find_sets(EvalArguments(data=[str(file), f"y={file}", f"lr=1={file}", "a=b=hub/id"]))
+    named = {name: source.files[0] for name, source in sets.items()}
+    assert named == {**dict.fromkeys(("x", "y", "lr=1"), str(file)), "a=b": "hub/id"}
     with pytest.raises(ValueError, match="has none of"):
         find_sets(EvalArguments(data_dir=str(tmp_path / "dolly" / "..") + "/dolly"))
 
