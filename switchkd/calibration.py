@@ -24,7 +24,9 @@ from torch import Tensor
 from switchkd.policies import Switch
 from switchkd.rollout import Rollout
 
-TOLERANCE = 0.02  # of the share: about the deviation between batches of some thousand tokens
+TOLERANCE = 0.02  # of the share: about the deviation between batches of some thousand tokens; but
+NEAR = 0.5  # of a small target this part: 0.001 is not 0.01
+ENOUGH = 1000  # tokens: with fewer, a share that is missed need not be the schedule's fault
 ROLLOUTS = 8  # at most
 STEEPEST = 50.0  # lambda: all but one end of the response has a threshold of about 0
 LOWEST = 1e-12  # tau0: the teacher writes wherever the two models are not the same
@@ -115,9 +117,11 @@ def calibrate(
     """The threshold with which the teacher writes a share `target` of the tokens.
 
     measure: what a rollout of the calibration batch under a policy measures. Raises ValueError for
-    schedules that have no threshold, and for a target that is not reached within TOLERANCE.
+    schedules that have no threshold, and for a target that is not reached within TOLERANCE, or
+    within NEAR of itself.
     """
     check(policy, target)
+    tolerance = min(TOLERANCE, NEAR * target)
     tried: list[tuple[Switch, Divergences]] = []
     low = high = None  # the last policies measured below and above the target
 
@@ -126,17 +130,20 @@ def calibrate(
 
     while len(tried) < ROLLOUTS:
         tried.append((policy, measure(policy)))
-        if error(tried[-1]) <= TOLERANCE / 2:
+        if error(tried[-1]) <= tolerance / 2:
             break
         below = tried[-1][1].teacher_share < target
         low, high = (policy, high) if below else (low, policy)
         policy = between(low, high, solve(tried[-1][1], policy, target))
     policy, measured = min(tried, key=error)
-    if error((policy, measured)) > TOLERANCE:
+    if error((policy, measured)) > tolerance:
+        expected = f"one that switch_schedule {policy.schedule} reaches"
+        if (tokens := len(measured.values)) < ENOUGH:
+            expected = f"more calibration_rows ({tokens} tokens tell little), or {expected}"
         raise ValueError(
-            f"target_teacher_share: got {target:g}, expected one that switch_schedule "
-            f"{policy.schedule} reaches; the nearest was {measured.teacher_share:.3f}, with "
-            f"switch_tau0 {policy.tau0:.4g} and switch_lambda {policy.decay:.4g}"
+            f"target_teacher_share: got {target:g}, expected {expected}; the nearest was "
+            f"{measured.teacher_share:.3f}, with switch_tau0 {policy.tau0:.4g} and switch_lambda "
+            f"{policy.decay:.4g}"
         )
     return policy, Calibration(
         target=target,

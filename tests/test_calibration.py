@@ -126,6 +126,27 @@ def test_a_share_that_cannot_be_reached_is_refused_with_the_nearest():
         calibrate(Switch(tau_min=0.9), 0.5, measured)
 
 
+@pytest.mark.parametrize("reached, near", [(0.001, False), (0.004, False), (0.008, True)])
+def test_a_small_share_is_reached_within_half_of_itself(reached, near):
+    def measure(policy):
+        positions, values = made_up()
+        return Divergences(positions, values, round(reached * len(values)))
+
+    if near:
+        assert calibrate(Switch(), 0.01, measure)[1].teacher_share == pytest.approx(0.008, abs=1e-3)
+    else:
+        with pytest.raises(ValueError, match=f"the nearest was {reached:.3f}"):
+            calibrate(Switch(), 0.01, measure)
+
+
+def test_a_few_tokens_are_blamed_before_the_schedule():
+    def measure(policy):  # one row of seven tokens
+        return Divergences(torch.arange(7), torch.full((7,), 0.5, dtype=torch.float64), 3)
+
+    with pytest.raises(ValueError, match=r"expected more calibration_rows \(7 tokens tell"):
+        calibrate(Switch(), 0.5, measure)
+
+
 def test_parts_of_several_ranks_join_to_the_whole():
     whole = measured(Switch())
     parts = [
