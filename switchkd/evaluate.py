@@ -25,6 +25,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from switchkd import adapters, metrics
+from switchkd.checkpoint import read_settings
 from switchkd.command_line import Parser
 from switchkd.data import Row, read_examples, tokenize
 from switchkd.devices import find_device
@@ -114,6 +115,9 @@ def load_checkpoints(args: EvalArguments) -> list[Checkpoint]:
     for label, (name, adapter), gguf, layers in zip(
         args.labels, names, args.gguf_file, args.student_layers, strict=True
     ):
+        if gguf is None and adapter is not None:  # the base is what the run has begun with
+            run = read_settings(adapter)
+            gguf = run.get("gguf_file") if run.get("model_name_or_path") == name else None
         tokenizer = load_tokenizer(name, gguf_file=gguf, trust_remote_code=args.trust_remote_code)
         found.append(Checkpoint(label, name, adapter, gguf, layers, tokenizer))
     return found

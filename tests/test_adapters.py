@@ -167,6 +167,21 @@ def test_an_adapter_is_found_in_its_folder_and_evaluated_on_its_base(run, monkey
     assert texts != written(run, monkeypatch, *base)
 
 
+def test_an_adapter_on_a_gguf_base_is_evaluated_on_the_file_of_its_run(tmp_path, monkeypatch):
+    (tmp_path / adapters.ADAPTER_CONFIG).write_text('{"base_model_name_or_path": "some/base"}')
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_, **__: None)
+
+    def file_of(run, **options):
+        (tmp_path / "config.yaml").write_text(json.dumps(run))
+        args = evaluate.EvalArguments(model_name_or_path=[str(tmp_path)], **options)
+        return evaluate.load_checkpoints(args)[0].gguf_file
+
+    run = {"model_name_or_path": "some/base", "gguf_file": "a.gguf"}
+    assert file_of(run) == "a.gguf" and file_of(run, gguf_file=["b.gguf"]) == "b.gguf"
+    assert file_of({**run, "model_name_or_path": "uncut/base"}) is None  # the base is the cut one
+    assert file_of({}) is None
+
+
 def test_adapters_that_cannot_be_loaded_say_why(run, tmp_path):
     with pytest.raises(ValueError, match=r"no readable adapter_config\.json"):
         adapters.find("model", str(tmp_path))

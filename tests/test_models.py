@@ -157,6 +157,10 @@ def test_missing_and_corrupt_checkpoints_are_named(tmp_path):
         load_model(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="cannot load the tokenizer .*absent"):
         load_tokenizer(str(tmp_path / "absent"))
+    (tmp_path / "a.gguf").write_bytes(b"")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"got no gguf_file \(--gguf_file\), and .* a\.gguf;"):
+            load(str(tmp_path))
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
