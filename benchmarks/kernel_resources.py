@@ -271,7 +271,6 @@ def main(argv=None) -> int:
     if backend.interpreting():
         parser.error("with TRITON_INTERPRET set nothing is compiled")
     args.check |= args.quick
-    # What Triton 3.9 does unless told; to say so silences its warning.
 
     start = time.perf_counter()
     launched = variants(args.op, args.target)
