@@ -137,9 +137,13 @@ class _Stream:
 
     def __post_init__(self):
         self.cache_name = cache_name(self.model)  # once: a token takes long enough
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
+        self.recurrent = set(kinds or ()) == {"linear_attention"}
 
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Feed tokens (B, n); returns the logits (B, V) after the last one."""
+        if self.recurrent and self.cache is not None:
+            mask = None  # Mamba multiplies it with the tokens of this pass, none of them padding
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,

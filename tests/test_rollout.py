@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits, jsd, switch_select
+from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
 
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Rollout, Sampling, rollout_naive
@@ -91,6 +92,32 @@ def test_cached_steps_agree_with_a_full_forward_and_the_definition():
             log_p = p.log_softmax(-1)[0, token].item()
             assert out.teacher_logprob[row, t].item() == pytest.approx(log_p, abs=1e-10)
             text.append(token)
+
+
+@pytest.mark.parametrize("kind", [MambaConfig, FalconMambaConfig])
+def test_models_without_attention_write_what_full_passes_say(kind):
+    """Rows padded on the left; each token's logits recomputed from the text alone."""
+    pair = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        ids = dict(vocab_size=VOCAB, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+        config = kind(hidden_size=32, num_hidden_layers=2, state_size=8, **ids)
+        pair.append(AutoModelForCausalLM.from_config(config).double().eval())
+        with torch.no_grad():
+            for parameter in pair[-1].parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(3)
+    out = roll(*pair, policy=POLICIES["constant"], eos_token_ids=[])
+    assert out.from_teacher.any() and not out.from_teacher.all()
+    for row, prompt in enumerate(PROMPTS):
+        tokens = out.completions()[row]
+        for model, said in zip(pair, (out.teacher_logprob, out.student_logprob), strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0]
+            full = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+            want = full.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            # Its scan is in float32 whatever the weights are.
+            torch.testing.assert_close(said[row].double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_end_at_eos_and_stay_ended():
