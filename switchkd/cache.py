@@ -164,7 +164,17 @@ def check_architecture(model: nn.Module) -> None:
             f"{name} has {what}, which the block decoder's cache does not serve: expected full "
             "attention in every layer; the naive loop decodes it"
         )
+    if hasattr(config, "keep_window_size"):
+        raise NotServed(
+            f"{name} masks by what it has read (keep_window_size), which the block decoder's cache "
+            "does not serve: expected a mask of positions alone; the naive loop decodes it"
+        )
     takes = inspect.signature(decoder_of(model).forward).parameters
+    if not takes.keys() & {"cache", "past_key_values"}:
+        raise ValueError(
+            f"{name}: got a model that takes no cache of keys and values, expected one that does: "
+            "both decoders need it"
+        )
     if "position_ids" not in takes or getattr(config, "alibi", False):
         raise NotServed(
             f"{name}: got a model that is not told positions (ALiBi, or none of its own), expected "

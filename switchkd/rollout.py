@@ -152,7 +152,12 @@ class _Stream:
             logits_to_keep=last_position(tokens.device),
             **{self.cache_name: self.cache},
         )
-        self.cache = getattr(out, self.cache_name)
+        self.cache = getattr(out, self.cache_name, None)
+        if self.cache is None:
+            name = type(self.model).__name__
+            raise ValueError(
+                f"{name}: got an output without {self.cache_name}, expected a model that keeps one"
+            )
         return out.logits[:, -1]
 
 

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    OpenAIGPTConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 from switchkd import attention
 from switchkd.cache import CachedModel
+from switchkd.decoder import rollout
+from switchkd.rollout import rollout_naive
 
 
 def test_sliding_windows_are_refused():
@@ -17,6 +26,34 @@ def test_sliding_windows_are_refused():
     other.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="flex_attention"):
         CachedModel(other, 1, 8)
+
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, bos_token_id=None)
+HEADS = dict(SMALL, intermediate_size=96, num_attention_heads=4, max_position_embeddings=64)
+ROLL = dict(max_new_tokens=3, eos_token_ids=[1], pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "config, naive, block",
+    [
+        (RwkvConfig(**SMALL), "got an output without", "takes no cache"),
+        (OpenAIGPTConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+         "got an output without", "takes no cache"),
+        (RecurrentGemmaConfig(**{**HEADS, "num_hidden_layers": 3}, lru_width=32),
+         "got an output without", "sliding_attention"),
+        (DogeConfig(**HEADS, pad_token_id=0), None, "keep_window_size.*naive loop decodes it"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_models_that_cannot_be_decoded_are_refused(config, naive, block):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=block):
+        rollout(None, model, [[5, 6], [7]], **ROLL)
+    if naive is None:
+        assert rollout_naive(None, model, [[5, 6], [7]], **ROLL).tokens.shape == (2, 3)
+        return
+    with pytest.raises(ValueError, match=naive):
+        rollout_naive(None, model, [[5, 6], [7]], **ROLL)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
