@@ -96,3 +96,10 @@ def attending(config, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def pads_are_nan(model: nn.Module) -> bool:
+    """Whether rows cannot be padded: eager attention takes its softmax in float32, where the least
+    float64, which masks, is -inf, and so a position that attends to nothing is NaN."""
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    return eager and model.dtype == torch.float64

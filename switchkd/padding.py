@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,3 +39,12 @@ def pad_history(earlier: list[list[int]], width: int, device: torch.device) -> T
         return None
     padded = [tokens + [-1] * (width - len(tokens)) for tokens in earlier]
     return torch.tensor(padded, device=device)
+
+
+def batches(lengths: Sequence[int], size: int, equal: bool = False) -> list[list[int]]:
+    """Indices of all rows, `size` together at most, the shortest first; equal: none is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order]
+    if equal:
+        groups = [list(rows) for _, rows in itertools.groupby(order, lengths.__getitem__)]
+    return [rows[at : at + size] for rows in groups for at in range(0, len(rows), size)]

@@ -22,9 +22,10 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
-from switchkd.attention import without_cudnn
+from switchkd.attention import pads_are_nan, without_cudnn
 from switchkd.models import cache_name, last_position
 from switchkd.ngrams import without_repeats
+from switchkd.padding import batches
 from switchkd.policies import Policy, Student, require
 
 
@@ -374,10 +375,10 @@ def rollout_in_batches(
 
     The row in an InvalidLogits error is that of `prompts`.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    parts = []
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
+    equal = any(pads_are_nan(model) for model in (teacher, student) if model is not None)
+    parts, order = [], []
+    for part in batches([len(p) for p in prompts], batch_size, equal):
+        order += part
         try:
             rollout = rollout_naive(
                 teacher,

@@ -9,7 +9,7 @@ from switchkd_kernels import InvalidLogits, jsd, switch_select
 from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
 
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
-from switchkd.rollout import Rollout, Sampling, rollout_naive
+from switchkd.rollout import Rollout, Sampling, rollout_in_batches, rollout_naive
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 34, 35, 36]]
 POLICIES = {
@@ -203,6 +203,26 @@ def test_join_restores_the_order_and_the_padding():
     joined = Rollout.join(parts, [1, 3, 0, 2], PAD)
     assert joined.completions() == whole.completions()
     assert joined.record(1) == whole.record(1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_eager_attention_in_float64_writes_the_same(name):
+    """Its masks become NaN in padded rows, so there are none."""
+    teacher, student = tiny_model(name, seed=1), tiny_model(seed=2)
+    options = dict(max_new_tokens=12, eos_token_ids=[EOS], pad_token_id=PAD, vocab_size=VOCAB)
+    prompts = [*PROMPTS, [40, 41, 42]]
+    ids = list(range(len(prompts)))
+    wanted = rollout_in_batches(
+        teacher, student, prompts, Switch(tau0=0.9), batch_size=3, sequence_ids=ids, **options
+    )
+    student.set_attn_implementation("eager")
+    out = rollout_in_batches(
+        teacher, student, prompts, Switch(tau0=0.9), batch_size=3, sequence_ids=ids, **options
+    )
+    assert out.completions() == wanted.completions()
+    torch.testing.assert_close(
+        out.divergence, wanted.divergence, rtol=1e-3, atol=1e-5, equal_nan=True
+    )
 
 
 def test_bad_input_is_refused_with_the_reason():
