@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -56,6 +57,14 @@ def check_checkpoint(path: str | Path) -> None:
                 tensors.keys()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"checkpoint {path}: {file.name} is broken ({error})") from None
+    # Of the last, each process has its own; any number of processes goes on with what any wrote.
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        files = list(path.glob(name))
+        if not (files and all(map(zipfile.is_zipfile, files))):  # torch.save's, whose end is last
+            raise ValueError(
+                f"checkpoint {path}: {name} is {'broken' if files else 'missing'}, without which a "
+                "run would begin anew (save_only_model true saves none)"
+            )
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
@@ -66,6 +75,8 @@ def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
         return str(wanted)
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
+        for newest in checkpoints(output_dir)[:1]:
+            check_checkpoint(newest)  # says why it is not
         raise ValueError(f"resume_from_checkpoint: got no intact checkpoint in {output_dir}")
     return checkpoint
 

@@ -92,7 +92,9 @@ class RolloutTrainer(ShardedTrainer):
 
     def _broken(self, what: str) -> FloatingPointError:
         last = last_checkpoint(self.args.output_dir)
+        left = (
+            f"the last intact checkpoint is {last}" if last else "no checkpoint is left to resume"
+        )
         return FloatingPointError(
-            f"step {self.state.global_step + 1}, {what}. Training stops; "
-            + (f"the last intact checkpoint is {last}" if last else "no checkpoint was written yet")
+            f"step {self.state.global_step + 1}, {what}. Training stops; {left}"
         )

@@ -119,11 +119,10 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
         trainer.before = scores(trainer.evaluate(metric_key_prefix="before"), "before")
     trainer.train(resume_from_checkpoint=resume)
     if stop.stopping:
-        console.print(
-            f"stopped at step {trainer.state.global_step}; continue with "
-            f"--resume_from_checkpoint last --output_dir {config.output_dir}",
-            markup=False,
-        )
+        goes_on = f"continue with --resume_from_checkpoint last --output_dir {config.output_dir}"
+        if config.save_only_model:
+            goes_on = "it cannot be continued: save_only_model saves no optimizer"
+        console.print(f"stopped at step {trainer.state.global_step}; {goes_on}", markup=False)
         return 130
     after = scores(trainer.evaluate(metric_key_prefix="after"), "after")
     trainer.save_model(config.output_dir)

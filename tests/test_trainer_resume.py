@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_trainer import make
 
+from switchkd.checkpoint import check_checkpoint, find_checkpoint
 from switchkd.console import GracefulStop
 
 RUN = dict(  # 8 rows: epochs of 4 steps
@@ -120,6 +121,27 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     other = make(tmp_path, target_teacher_share=0.5, **options)
     with pytest.raises(ValueError, match="target_teacher_share: got 0.5, expected none"):
         other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_without_its_optimizer_is_passed_over(tmp_path):
+    """Training would go on with a new optimizer and schedule."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    make(tmp_path / "whole", **options).train()
+    last = tmp_path / "whole" / "checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        for left, what in ((None, "missing"), (whole[:500], "broken")):
+            (last / name).unlink(missing_ok=True)
+            if left is not None:
+                (last / name).write_bytes(left)
+            with pytest.raises(ValueError, match=f"checkpoint-2: {name[:5]}.* is {what}"):
+                check_checkpoint(last)
+            assert find_checkpoint(tmp_path / "whole", "last").endswith("checkpoint-1")
+        (last / name).write_bytes(whole)
+    assert find_checkpoint(tmp_path / "whole", "last") == str(last)
+    make(tmp_path / "only", save_only_model=True, **options).train()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*save_only_model"):
+        make(tmp_path / "only", **options).train(resume_from_checkpoint=True)
 
 
 def test_a_resumed_run_has_the_threshold_that_it_had(tmp_path):
