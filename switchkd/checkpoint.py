@@ -81,9 +81,9 @@ def find_checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
     return checkpoint
 
 
-def read_run_state(checkpoint: str | Path, digest: str | None = None) -> dict:
+def read_run_state(checkpoint: str | Path, digest: str | None = None, args=None) -> dict:
     """What the trainer left in a checkpoint; ValueError if it was trained on other rows than those
-    of `digest`."""
+    of `digest`, or on more or fewer at a time than `args`, a SwitchConfig, says."""
     state = json.loads((Path(checkpoint) / RUN_STATE).read_text(encoding="utf-8"))
     before = state.get("rows")
     if None not in (digest, before) and digest != before:
@@ -91,7 +91,22 @@ def read_run_state(checkpoint: str | Path, digest: str | None = None) -> dict:
             f"training data: got rows with the digest {digest}, expected {before}, as in the run "
             f"to resume ({checkpoint})"
         )
+    if args is not None:
+        check_split(state, args, checkpoint)
     return state
+
+
+def check_split(state: dict, args, checkpoint: str | Path) -> None:
+    """Refuse other steps than those of the run to resume; in parts they may come as they like."""
+    units = {"step": "per_device_train_batch_size, gradient_accumulation_steps, processes"}
+    if args.dataloader_drop_last:  # an epoch leaves out the rows that fill no batch
+        units["batch"] = "per_device_train_batch_size, processes; with dataloader_drop_last"
+    for unit, options in units.items():
+        rows, before = getattr(args, f"rows_per_{unit}"), state.get(f"rows_per_{unit}")
+        if before not in (None, rows):
+            raise ValueError(
+                f"got {rows} rows in a {unit} ({options}), expected {before} as in {checkpoint}"
+            )
 
 
 def adopt_threshold(config, checkpoint: str | Path) -> None:

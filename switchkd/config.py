@@ -260,6 +260,15 @@ class SwitchConfig(TrainingArguments):
         return self.lmbda > 0 or self.adaptive_lmbda
 
     @property
+    def rows_per_batch(self) -> int:
+        """Rows of one pass, all processes together; dataloader_drop_last drops fewer."""
+        return self.per_device_train_batch_size * self.world_size
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_batch * self.gradient_accumulation_steps
+
+    @property
     def needs_teacher(self) -> bool:
         if self.loss_type != "cross_entropy":
             return True

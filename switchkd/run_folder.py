@@ -50,7 +50,7 @@ FREE_TO_CHANGE = {
     "log_level_replica",
     "log_on_each_node",
     # Together with the number of processes they make the rows of a step, which must stay:
-    # `SwitchTrainer.load_run_state`.
+    # `checkpoint.read_run_state`.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }

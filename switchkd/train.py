@@ -75,7 +75,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     for rows in (train_rows, eval_rows):
         console.print(str(rows.report), markup=False, highlight=False)
     if resume is not None:
-        read_run_state(resume, train_rows.digest)  # which must be the same
+        read_run_state(resume, train_rows.digest, config)  # which must be the same
     check_writable(Path(config.output_dir))
 
     student, teacher = load_models(script, config)

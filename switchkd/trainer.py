@@ -371,23 +371,14 @@ class SwitchTrainer(RolloutTrainer):
             "before": self.before,
             "mixture": self.mixture.state(),
             "calibration": self.calibration,
-            "rows_per_step": self.rows_per_step(),
+            "rows_per_step": self.args.rows_per_step,
+            "rows_per_batch": self.args.rows_per_batch,
             "rows": self.train_dataset.digest,
         }
 
-    def rows_per_step(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
     def load_run_state(self, checkpoint: str) -> None:
         """Take up what a checkpoint of a run says of it, and forget completions written after."""
-        state = read_run_state(checkpoint, self.train_dataset.digest)
-        rows, before = self.rows_per_step(), state.get("rows_per_step")
-        if before not in (None, rows):
-            raise ValueError(
-                f"got {rows} rows in a step (per_device_train_batch_size, "
-                f"gradient_accumulation_steps, processes), expected {before} as in {checkpoint}"
-            )
+        state = read_run_state(checkpoint, self.train_dataset.digest, self.args)
         self.totals, self.before = state["totals"], state["before"]
         self.mixture.load(state["mixture"])
         self.calibration = state["calibration"]

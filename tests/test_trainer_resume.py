@@ -123,6 +123,17 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_where_the_last_rows_are_dropped_the_batch_must_stay(tmp_path):
+    """8 rows: a batch of 6 leaves 2 of an epoch out, batches of 2 none."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, dataloader_drop_last=True)
+    make(tmp_path, per_device_train_batch_size=6, **options).train()
+    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="got 2 rows in a batch .*drop_last.*, expected 6"):
+        make(tmp_path, **split, **options).train(resume_from_checkpoint=True)
+    options["dataloader_drop_last"] = False
+    make(tmp_path, **split, **options).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_its_optimizer_is_passed_over(tmp_path):
     """Training would go on with a new optimizer and schedule."""
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
