@@ -83,12 +83,20 @@ def check_trained(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def check_responses(rows: Rows | None, lmbda: float) -> None:
-    """The rows that are trained on data have a response."""
-    if rows is not None and lmbda < 1 and not all(row.completion_ids for row in rows.rows):
+def check_rows(rows: Rows | None, args: SwitchConfig) -> None:
+    """The rows to train on fill a batch, and those that are trained on data have a response."""
+    if rows is None:
+        return
+    share, batch = 1 - args.lmbda, args.rows_per_batch
+    if share > 0 and not all(row.completion_ids for row in rows.rows):
         raise ValueError(
             f"{rows.report.source}: got rows without a response, expected responses for the share "
-            f"1 - lmbda = {1 - lmbda:g} of rows trained on data, or lmbda 1"
+            f"1 - lmbda = {share:g} of rows trained on data, or lmbda 1"
+        )
+    if args.dataloader_drop_last and len(rows.rows) < batch:
+        raise ValueError(
+            f"dataloader_drop_last: got {len(rows.rows)} rows of {rows.report.source}, expected at "
+            f"least {batch}, a batch (per_device_train_batch_size, processes): all would be dropped"
         )
 
 

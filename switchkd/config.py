@@ -225,6 +225,9 @@ class SwitchConfig(TrainingArguments):
         need("train_sampling_strategy", not by_length, "random or sequential")
         need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
         need("learning_rate", self.learning_rate > 0, "a number > 0")
+        need("max_steps", self.max_steps != 0, "an integer >= 1, or -1 for num_train_epochs")
+        by_steps = self.max_steps > 0
+        need("num_train_epochs", self.num_train_epochs > 0 or by_steps, "> 0, or max_steps >= 1")
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")
         best = (self.metric_for_best_model or "rouge_l").removeprefix("eval_")
         need("metric_for_best_model", best in metrics, f"one of {metrics}")

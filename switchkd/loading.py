@@ -130,7 +130,7 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
         eval_report = Report(f"{report.source} (held out)", form=report.form)
         valid = tokenize(held_out, eval_report, tokenizer, **options, exclude=exclude)
     train = tokenize(examples, report, tokenizer, **options, exclude=exclude)
-    checks.check_responses(train, config.lmbda)
+    checks.check_rows(train, config)
     has_teacher = config.teacher_is_base or teacher_place(script, config) is not None
     checks.check_validation(valid, config, has_teacher)
     return train, valid

@@ -118,7 +118,7 @@ class SwitchTrainer(RolloutTrainer):
             self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
         train_rows = self._rows(train_dataset, processing_class, args)
         eval_rows = self._rows(eval_dataset, processing_class, args)
-        checks.check_responses(train_rows, args.lmbda)
+        checks.check_rows(train_rows, args)
         checks.check_validation(eval_rows, args, teacher_model is not None)
         super().__init__(
             model=model,

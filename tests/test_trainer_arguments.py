@@ -80,6 +80,13 @@ def test_rows_without_a_response_need_lmbda_1(tmp_path, method):
     make(tmp_path, method="switch", lmbda=1.0, rows=prompts)
 
 
+def test_rows_that_fill_no_batch_are_not_all_dropped(tmp_path):
+    options = dict(dataloader_drop_last=True, rows=ROWS[:7])
+    with pytest.raises(ValueError, match="dataloader_drop_last: got 7 rows of .*at least 8"):
+        make(tmp_path, **options)
+    make(tmp_path, per_device_train_batch_size=7, **options)
+
+
 def test_evaluate_takes_rows_in_any_form(tmp_path):
     from datasets import Dataset
 
