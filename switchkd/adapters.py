@@ -11,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base"  # in the folder of a run: the cut student that its adapter belongs to
 
 
 def _peft():
@@ -87,6 +88,9 @@ def find(model: str, adapter: str | None) -> tuple[str, str | None]:
             f"adapter {folder}: {ADAPTER_CONFIG} names no base model, expected it as "
             "model_name_or_path with the folder as adapter"
         )
+    if Path(base).name == BASE and not Path(base).exists():  # of a run that has been moved
+        near = (folder / BASE, folder.parent / BASE)  # the latter for a checkpoint
+        base = next((str(place) for place in near if place.is_dir()), base)
     return base, model
 
 

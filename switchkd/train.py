@@ -81,7 +81,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     student, teacher = load_models(script, config)
     base = None
     if script.use_peft and script.student_layers is not None:  # what the adapter will be loaded on
-        student.name_or_path = str(Path(config.output_dir).resolve() / "base")
+        student.name_or_path = str(Path(config.output_dir).resolve() / adapters.BASE)
         base = adapters.view(student)
     trainer = SwitchTrainer(
         model=student,

@@ -182,6 +182,21 @@ def test_an_adapter_on_a_gguf_base_is_evaluated_on_the_file_of_its_run(tmp_path,
     assert file_of({}) is None
 
 
+def test_the_base_of_a_run_that_was_moved_is_found(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run / "out", moved)
+    for folder in (moved, moved / "checkpoint-4"):
+        path = folder / adapters.ADAPTER_CONFIG
+        config = json.loads(path.read_text())
+        assert adapters.find(str(folder), None) == (str(run / "out" / "base"), str(folder))
+        config["base_model_name_or_path"] = str(tmp_path / "gone" / "base")
+        path.write_text(json.dumps(config))
+        assert adapters.find(str(folder), None) == (str(moved / "base"), str(folder))
+        config["base_model_name_or_path"] = str(tmp_path / "gone")  # some model, and not the run's
+        path.write_text(json.dumps(config))
+        assert adapters.find(str(folder), None) == (str(tmp_path / "gone"), str(folder))
+
+
 def test_adapters_that_cannot_be_loaded_say_why(run, tmp_path):
     with pytest.raises(ValueError, match=r"no readable adapter_config\.json"):
         adapters.find("model", str(tmp_path))
