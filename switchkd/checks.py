@@ -70,11 +70,16 @@ def notes(args: SwitchConfig) -> list[str]:
 
 
 def check_trained(student: nn.Module, teacher: nn.Module | None) -> None:
-    """There is something to train, and it is not the teacher's."""
+    """There is something to train, in a type that can be, and it is not the teacher's."""
     trained = {id(p) for p in student.parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
             "model: got no trainable parameter, expected some (requires_grad), or a peft_config"
+        )
+    if any(p.dtype == torch.float16 for p in student.parameters() if p.requires_grad):
+        raise ValueError(  # which has no 1e-8, the epsilon of AdamW: a step would divide by 0
+            "model: got trainable parameters in float16, expected float32 or bfloat16 (dtype); "
+            "fp16 true computes in float16 with float32 weights"
         )
     if teacher is not None and any(id(p) in trained for p in teacher.parameters()):
         raise ValueError(

@@ -72,6 +72,15 @@ def test_a_tokenizer_needs_no_pad_token_but_one_that_ends_responses(tmp_path, ro
         build(tmp_path, **{role: tokenizer})
 
 
+def test_a_student_in_float16_is_trained_by_an_adapter_only(tmp_path):
+    peft = pytest.importorskip("peft")
+    half = dict(vocab_size=SIZE, dtype=torch.float16, spread=1.0)
+    with pytest.raises(ValueError, match="model: got trainable parameters in float16, expected fl"):
+        build(tmp_path, model=tiny_model("gpt2", **half))
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    build(tmp_path, model=tiny_model("gpt2", **half), peft_config=lora)
+
+
 @pytest.mark.parametrize("method", ["sft", "kd", "switch"])
 def test_rows_without_a_response_need_lmbda_1(tmp_path, method):
     prompts = [{"prompt": "hi"}, {"prompt": "ho", "completion": "he"}]
