@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from switchkd_kernels import InvalidLogits
 from torch import Tensor
@@ -89,6 +91,14 @@ class RolloutTrainer(ShardedTrainer):
     def _bar(self, total: int, what: str, unit: str):
         off = self.args.disable_tqdm or not self.is_world_process_zero()
         return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
+
+    @contextlib.contextmanager
+    def naming(self, what: str):
+        """Within it, invalid logits end the run with its step and its last checkpoint."""
+        try:
+            yield
+        except InvalidLogits as error:
+            raise self._broken(f"{what}: {error}") from error
 
     def _broken(self, what: str) -> FloatingPointError:
         last = last_checkpoint(self.args.output_dir)

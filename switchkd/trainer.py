@@ -311,7 +311,8 @@ class SwitchTrainer(RolloutTrainer):
         mine = rows[self.args.process_index :: self.args.world_size]
         start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
-        with bar, self.accelerator.autocast():  # as in training, before it, too
+        # autocast as in training, before it, too
+        with bar, self.accelerator.autocast(), self.naming("validation"):
             sums = metrics.validate(
                 self.teacher,
                 # With FSDP, a pass of the student would have to be made by all ranks together.

@@ -304,6 +304,15 @@ def test_nan_in_the_student_stops_with_step_and_row_and_keeps_the_checkpoint(tmp
         assert f"{folder}/checkpoint-2" in str(error.value)
 
 
+def test_nan_in_validation_stops_with_step_and_checkpoint(tmp_path):
+    trainer = make(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    with torch.no_grad():
+        next(trainer.model.parameters())[:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 2, validation: .*NaN.*checkpoint-1"):
+        trainer.evaluate()
+
+
 def test_models_that_cannot_work_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="need 540 positions, expected at most 128"):
         make(tmp_path, max_prompt_length=500, max_new_tokens=40)
