@@ -58,15 +58,22 @@ def check_machine(args: SwitchConfig) -> None:
             raise ValueError(f"optim: got {args.optim.value}: {error}") from None
 
 
-def notes(args: SwitchConfig) -> list[str]:
+def notes(args: SwitchConfig, peft_config=None) -> list[str]:
     """What works, and may not be what is wanted."""
-    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if not (args.bf16 and args.device.type == "cpu" and narrow):
-        return []
-    return [
-        "bf16: without AVX-512 this processor multiplies bfloat16 several times more slowly than "
-        "float32; faster: bf16 false, teacher_dtype float32, no rollout_dtype"
-    ]
+    found, narrow = [], torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if args.bf16 and args.device.type == "cpu" and narrow:
+        found.append(
+            "bf16: without AVX-512 this processor multiplies bfloat16 several times more slowly "
+            "than float32; faster: bf16 false, teacher_dtype float32, no rollout_dtype"
+        )
+    text = args.loss_type == "cross_entropy" or (args.lm_file is not None and args.lm_coef > 0)
+    dropout = not args.disable_dropout or getattr(peft_config, "lora_dropout", 0)
+    if args.teacher_is_base and not (text or dropout or args.neftune_noise_alpha):
+        found.append(
+            f"teacher_is_base: the student begins as its teacher, where {args.loss_type} is 0 and "
+            "teaches nothing; expected lm_file, loss_type cross_entropy, or dropout"
+        )
+    return found
 
 
 def check_trained(student: nn.Module, teacher: nn.Module | None) -> None:

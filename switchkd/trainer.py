@@ -100,7 +100,7 @@ class SwitchTrainer(RolloutTrainer):
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
         if args.process_index == 0:
-            for note in (*self.vocabulary.notes, *checks.notes(args)):
+            for note in (*self.vocabulary.notes, *checks.notes(args, peft_config)):
                 log.warning("note: %s", note)
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:

@@ -65,6 +65,15 @@ def test_training_moves_the_student_away_from_a_base_that_stays(tmp_path):
     assert trainer.evaluate()["eval_kl"] > 1e-4
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [({}, True), ({"disable_dropout": False}, False), ({"loss_type": "cross_entropy"}, False)],
+)
+def test_a_base_that_has_nothing_to_teach_is_said(tmp_path, caplog, changes, said):
+    base_run(tmp_path, **changes)
+    assert ("the student begins as its teacher" in caplog.text) is said
+
+
 def test_what_cannot_be_a_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="teacher_is_base: got no adapter"):
         make(tmp_path, teacher=False, teacher_is_base=True)
