@@ -186,8 +186,11 @@ class SwitchConfig(TrainingArguments):
         need("rollout_policy", self.rollout_policy in POLICIES, f"one of {POLICIES}")
         need("loss_type", self.loss_type in LOSSES, f"one of {LOSSES}")
         need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")
-        sft = self.method == "sft" and self.needs_teacher
-        need("method", not sft, f"loss_type cross_entropy without a teacher, not {self.loss_type}")
+        if self.method == "sft":
+            loss, policy = self.loss_type, self.rollout_policy
+            need("method", loss == "cross_entropy", f"loss_type cross_entropy, not {loss}")
+            alone = "no rollouts (lmbda 0, no adaptive_lmbda) or those of rollout_policy student"
+            need("method", not self.needs_teacher, f"{alone}: {policy} needs a teacher")
         jsd = self.loss_type == "generalized_jsd"
         need("beta", self.beta is None or jsd, "no beta unless loss_type is generalized_jsd")
         near = "a number in [0, 1{}; if neither 0 nor 1, at least 1e-4 from both"

@@ -244,6 +244,8 @@ def test_mix_in_and_random_have_the_papers_rates():
         ({"switch_rate": 0.4}, "switch_rate: got 0.4, expected no rate unless switch_schedule"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, expected an int"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, expected an int"),
+        ({"method": "sft", "lmbda": 0.5}, "method: got 'sft', expected no rollouts .*: switch"),
+        ({"method": "sft", "adaptive_lmbda": True}, "method: got 'sft', expected no rollouts"),
         ({"max_steps": 0}, "max_steps: got 0, expected an integer >= 1, or -1"),
         ({"num_train_epochs": 0}, "num_train_epochs: got 0, expected > 0, or max_steps"),
     ],
