@@ -43,6 +43,14 @@ def test_flags_win_over_the_file(tmp_path):
     assert (script.model_name_or_path, c.lmbda, c.learning_rate) == ("a", 0.75, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "validate, save, best", [(0.1, 0.3, True), (0.1, 0.25, False), (2, 6, True), (2, 3, False)]
+)
+def test_the_best_is_loaded_where_every_checkpoint_has_been_validated(validate, save, best):
+    steps = dict(eval_strategy="steps", eval_steps=validate, save_strategy="steps", save_steps=save)
+    assert config(**steps).load_best_model_at_end is best
+
+
 def test_a_gkd_config_keeps_its_names(tmp_path):
     path = write(
         tmp_path,
