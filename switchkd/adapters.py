@@ -49,13 +49,19 @@ def share_base(student: nn.Module, teacher: nn.Module | None, peft_config) -> nn
 def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
     """`model` with an adapter to train, drawn from `seed`: the same in each process.
 
-    Raises ValueError for an adapter on the output head: the loss multiplies by its weights; and for
-    a model that has one already, in whose place peft would put the new one.
+    Raises ValueError for an adapter on the output head: the loss multiplies by its weights; for one
+    that is no part of the layers; and for a model that has one already, in whose place peft would
+    put the new one.
     """
     if getattr(model, "peft_config", None):
         raise ValueError(
             "use_peft: got a model that has an adapter already, expected it merged into its base "
             "(merge_and_unload)"
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config: got {type(peft_config).__name__}, expected an adapter in the layers "
+            "(LoRA): decoder and loss work below what it puts before the text"
         )
     set_seed(seed)
     model = _peft().get_peft_model(model, peft_config)

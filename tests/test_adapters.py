@@ -85,6 +85,9 @@ def test_what_cannot_be_a_base_is_refused(tmp_path):
         adapters.share_base(tiny_model(), None, lora(bias="all"))
     with pytest.raises(ValueError, match="got the output head, expected layers below"):
         adapters.add(tiny_model(), lora(target_modules=["lm_head"]), seed=0)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig, expected"):
+        make(tmp_path, peft_config=prompt)
     with pytest.raises(ValueError, match="use_peft: got a model that has an adapter already"):
         adapters.add(adapters.add(tiny_model(), lora(), seed=0), lora(), seed=0)
 
