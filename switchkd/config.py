@@ -231,6 +231,8 @@ class SwitchConfig(TrainingArguments):
         need("max_steps", self.max_steps != 0, "an integer >= 1, or -1 for num_train_epochs")
         by_steps = self.max_steps > 0
         need("num_train_epochs", self.num_train_epochs > 0 or by_steps, "> 0, or max_steps >= 1")
+        noise = self.neftune_noise_alpha
+        need("neftune_noise_alpha", noise is None or noise >= 0, "a number >= 0, or none")
         metrics = ("rouge_l", "kl", "jsd", "cross_entropy")
         best = (self.metric_for_best_model or "rouge_l").removeprefix("eval_")
         need("metric_for_best_model", best in metrics, f"one of {metrics}")

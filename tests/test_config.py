@@ -254,6 +254,7 @@ def test_mix_in_and_random_have_the_papers_rates():
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, expected an int"),
         ({"method": "sft", "lmbda": 0.5}, "method: got 'sft', expected no rollouts .*: switch"),
         ({"method": "sft", "adaptive_lmbda": True}, "method: got 'sft', expected no rollouts"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: got -1, expected a number >= 0"),
         ({"max_steps": 0}, "max_steps: got 0, expected an integer >= 1, or -1"),
         ({"num_train_epochs": 0}, "num_train_epochs: got 0, expected > 0, or max_steps"),
     ],
