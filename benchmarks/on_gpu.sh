@@ -36,7 +36,7 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_me
 PY
 case $part in
 check)
-  kernels=(tests/test_triton_switch_select.py tests/test_sample_triton.py
+  kernels=(tests/test_triton_switch_select.py tests/test_triton_noise.py tests/test_sample_triton.py
     tests/test_triton_divergence.py tests/test_triton_linear.py tests/test_native_cuda.py)
   timeout 120 python -m switchkd.doctor --json "$out/doctor.json" 2>&1 | tee "$out/doctor.txt"
   verdict doctor $?
