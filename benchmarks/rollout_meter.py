@@ -127,7 +127,7 @@ class NoCache:
             use_cache=False,
             logits_to_keep=last_position(input_ids.device),
         )
-        return SimpleNamespace(logits=out.logits, past_key_values=None)
+        return SimpleNamespace(logits=out.logits, past_key_values=())  # a cache, and it is empty
 
 
 def generate(model: nn.Module, prompts: Sequence[list[int]], count: int, pad: int) -> Tensor:

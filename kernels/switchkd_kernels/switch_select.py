@@ -45,11 +45,11 @@ _SHARED, _REDRAW = tl.constexpr(STREAM_TOKEN), tl.constexpr(STREAM_REDRAW)
 
 # Launch parameters; benchmarks/sweep_kernels.py measures them. In blocks of 2048 a thread of 8
 # warps has 8 logits of either row, one 16-byte load each in bf16; wider blocks spill or halve the
-# occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. The kernel
-# takes 40 to 104 registers, so that two or three programs share a multiprocessor, with nothing
-# spilled (kernel_resources.csv). Rows are split until there are four programs for each, so that one
-# loads while another computes.
-BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 128, 4
+# occupancy, which is what holds published two-row kernels at a seventh of the bandwidth. Within 80
+# registers nothing spills (kernel_resources.csv), and three programs share a multiprocessor; 64 and
+# four spill in float16. Rows are split until there are four programs for each, so that one loads
+# while another computes.
+BLOCK, WARPS, REGISTERS, PROGRAMS_PER_PROCESSOR = 2048, 8, 80, 4
 
 
 @triton.jit
