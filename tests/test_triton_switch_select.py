@@ -206,6 +206,17 @@ def test_a_second_of_a_lane_can_win(cut):
     check(z, z.flip(0), metric="rank", threshold=torch.ones(rows, device=DEVICE))
 
 
+@pytest.mark.parametrize("options", [{}, {"metric": "rank"}, GREEDY, {"metric": "kl"}])
+def test_rows_that_begin_anywhere(cut, monkeypatch, options):
+    """By four loads of every fourth entry, as on a GPU; the interpreter does so here alone."""
+    monkeypatch.setattr(_backend, "INTERPRETS_RAGGED", True)
+    cut(16, splits=2)
+    wide = 3 * torch.randn(6, 2, 75, device=DEVICE)
+    threshold = torch.ones(6, device=DEVICE) if options.get("metric") == "rank" else None
+    check(wide[:, 0], wide[:, 1], threshold, **options)
+    check(wide[:, 0].bfloat16(), wide[:, 1].bfloat16(), threshold, **options)
+
+
 def test_skipped_noise_never_changes_a_token(cut):
     """The worst case for a bound on the noise: every perturbed logit within a hair of the best."""
     cut(16)
