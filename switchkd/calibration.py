@@ -24,8 +24,8 @@ from torch import Tensor
 from switchkd.policies import Switch
 from switchkd.rollout import Rollout
 
-TOLERANCE = 0.02  # of the share: about the deviation between batches of some thousand tokens; but
-NEAR = 0.5  # of a small target this part: 0.001 is not 0.01
+TOLERANCE = 0.02  # of the share: about the deviation between batches of some thousand tokens
+NEAR = 0.5  # at most this part of the target: 0.001 is not 0.01
 ENOUGH = 1000  # tokens: with fewer, a share that is missed need not be the schedule's fault
 ROLLOUTS = 8  # at most
 STEEPEST = 50.0  # lambda: all but one end of the response has a threshold of about 0

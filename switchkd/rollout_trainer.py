@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from switchkd_kernels import InvalidLogits
@@ -38,19 +39,17 @@ class RolloutTrainer(ShardedTrainer):
             pad_token_id=self.vocabulary.pad_token_id,
             vocab_size=self.vocabulary.size,
         )
-        with self._bar(len(rows), "rollout", "row") as bar:
-            try:
-                if args.decoder == "naive":
-                    return rollout_in_batches(teacher, student, prompts, self.policy, **options)
-                self._engine = self._engine or self._new_engine(teacher, student)
-                return block_rollout(
-                    teacher, student, prompts, self.policy, **options, engine=self._engine,
-                    keep_hidden=args.loss_type != "cross_entropy",
-                    history=[self._history.get(row.id) for row in rows],
-                    on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
-                )  # fmt: skip
-            except InvalidLogits as error:
-                raise self._broken(f"data row {rows[error.row].id}: {error}") from error
+        where = self.naming(lambda error: f"data row {rows[error.row].id}")
+        with where, self._bar(len(rows), "rollout", "row") as bar:
+            if args.decoder == "naive":
+                return rollout_in_batches(teacher, student, prompts, self.policy, **options)
+            self._engine = self._engine or self._new_engine(teacher, student)
+            return block_rollout(
+                teacher, student, prompts, self.policy, **options, engine=self._engine,
+                keep_hidden=args.loss_type != "cross_entropy",
+                history=[self._history.get(row.id) for row in rows],
+                on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
+            )  # fmt: skip
 
     def differences(self, text: Text, logprob: Tensor) -> dict[str, float]:
         """How far decoding is from training passes over the text that it wrote: the teacher's kept
@@ -93,12 +92,12 @@ class RolloutTrainer(ShardedTrainer):
         return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off)
 
     @contextlib.contextmanager
-    def naming(self, what: str):
-        """Within it, invalid logits end the run with its step and its last checkpoint."""
+    def naming(self, where: Callable[[InvalidLogits], str]):
+        """Within it, invalid logits end the run with step, place and last checkpoint."""
         try:
             yield
         except InvalidLogits as error:
-            raise self._broken(f"{what}: {error}") from error
+            raise self._broken(f"{where(error)}: {error}") from error
 
     def _broken(self, what: str) -> FloatingPointError:
         last = last_checkpoint(self.args.output_dir)

@@ -247,16 +247,18 @@ class SwitchTrainer(RolloutTrainer):
         student, args = self.accelerator.unwrap_model(model), self.args
         row_ids, lm_ids = inputs.pop("row_ids"), inputs.pop("lm_ids", None)
         start = time.perf_counter()
-        try:
+
+        def where(error: InvalidLogits) -> str:
+            of_token = torch.repeat_interleave(row_ids, inputs["completion_mask"].sum(1))
+            return f"data row {int(of_token[error.row])}"
+
+        with self.naming(where):
             loss = losses.distillation_loss(
                 self.teacher, model, student, inputs, vocab_size=self.vocabulary.size,
                 kind=args.loss_type, alpha=args.skew_alpha, detach_mixture=args.detach_mixture,
                 beta=0.5 if args.beta is None else args.beta,
                 contrastive_weight=args.contrastive_weight,
             )  # fmt: skip
-        except InvalidLogits as error:
-            where = torch.repeat_interleave(row_ids, inputs["completion_mask"].sum(1))
-            raise self._broken(f"data row {int(where[error.row])}: {error}") from error
         loss = loss / tokens.clamp(min=1)
         if lm_ids is not None:
             mask = torch.ones_like(lm_ids)
@@ -312,7 +314,7 @@ class SwitchTrainer(RolloutTrainer):
         start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
         # autocast as in training, before it, too
-        with bar, self.accelerator.autocast(), self.naming("validation"):
+        with bar, self.accelerator.autocast(), self.naming(lambda _: "validation"):
             sums = metrics.validate(
                 self.teacher,
                 # With FSDP, a pass of the student would have to be made by all ranks together.
