@@ -109,17 +109,11 @@ def on(device: torch.device):
     return torch.get_device_module(device).device(device)
 
 
-# What spares a GPU shuffles takes the interpreter three times as long, and the result is the same.
-INTERPRETS_RAGGED = False
-
-
 def layout(vocab_size: int, block: int, *logits: Tensor) -> dict:
     """How kernels read blocks of rows of logits. ROWS: "aligned" where all begin at multiples of 16
     entries (as Triton sees it), so that a thread loads 16 bytes in one piece, "even" where none
     ends within a piece either, else "ragged". GROUP: the neighbouring logits that a thread has."""
     if any(z.data_ptr() % 16 or z.stride(0) % 16 for z in logits):
-        if interpreting() and not INTERPRETS_RAGGED:
-            return {"GROUP": 1, "ROWS": "aligned"}
         return {"GROUP": min(block, 4), "ROWS": "ragged"}
     group = min(block, 16 // max(z.element_size() for z in logits))
     even = vocab_size % 16 == 0 and block >= 16

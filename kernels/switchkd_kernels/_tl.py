@@ -99,7 +99,7 @@ def expm1(x):
 @triton.jit
 def in_order(w0, w1, w2, w3):
     """Four (N,) tensors to (4 N,): element 4 i + k is the i-th of the k-th."""
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (4 * w0.shape[0],))
 
 
 @triton.jit
