@@ -1,9 +1,13 @@
 """Small models, a tokenizer without files, and settings that hold for every test."""
 
 import os
+from contextlib import suppress
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a bug
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models are tiny, and other tests run beside: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -23,7 +27,27 @@ from transformers import (
     Qwen3Config,
 )
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+def _patch_once() -> None:
+    """Triton's interpreter patches its language again whenever one function calls another: a third
+    of the time of the interpreted tests, for nothing."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+
+    def once(fn):
+        langs = [lang for lang in (tl, tl.core) if lang in fn.__globals__.values()]
+        unpatched = [lang for lang in langs if tl.core.is_builtin(lang.load)]
+        return nothing if langs and not unpatched else patch(fn)
+
+    interpreter._patch_lang = once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    with suppress(AttributeError):  # another version's interpreter has other names
+        _patch_once()
+torch.set_num_threads(1)  # whatever OMP_NUM_THREADS was
 
 VOCAB = 60  # shared real vocabulary of the tiny models
 EOS, PAD = 1, 0

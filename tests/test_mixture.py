@@ -257,7 +257,7 @@ def test_two_processes_choose_replay_and_schedule_as_one(tmp_path):
         "disable_tqdm": "true",
     }
     roots = [str(Path(__file__).parent.parent / part) for part in (".", "kernels")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
     found = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)

@@ -74,7 +74,7 @@ class Setup:
         python = [sys.executable, "-m", *launcher]
         command = [*python, "switchkd.train", *self.argv(name, **changes)]
         roots = [str(Path(__file__).parent.parent / part) for part in (".", "kernels")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
         return subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
