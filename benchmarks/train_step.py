@@ -6,6 +6,8 @@ switch, naive     both models token by token with their caches, then both forwar
                   sequences, and an eager skew reverse KL on full logits
 gkd, switchkd     SwitchTrainer with the student writing alone and generalised JSD: what the teacher
                   in the rollout costs
+distillation, trl TRL's DistillationTrainer: `generate` by the student, both forward, generalised
+                  JSD in chunks of logits; left out where TRL has none or refuses the pair
 gkd, trl          TRL's GKDTrainer: `generate` by the student, both forward, generalised JSD on full
                   logits; the same written out where TRL is not installed or refuses the pair
 
@@ -97,8 +99,12 @@ class Bench:
         refused = methods.trl_refuses(pair)
         if refused:
             pair.notes.append(f"GKD is TRL's step written out: {refused}")
-        for trainer in (self.ours, self.naive, self.ours_gkd, self.gkd):
-            trainer.phases = self.phases
+        self.distillation = None
+        if not refused and methods.DistillationTrainer is not None:
+            self.distillation = methods.distillation_trainer(*sizes, folder)
+        for trainer in (self.ours, self.naive, self.ours_gkd, self.gkd, self.distillation):
+            if trainer is not None:
+                trainer.phases = self.phases
         self.phases.watch(pair.teacher, "teacher forward")
         self.phases.watch(pair.student, "student forward")
         self.optimizer = self.ours.create_optimizer()
@@ -109,6 +115,9 @@ class Bench:
             Measured("gkd", "switchkd", methods.switch_step(self.ours_gkd)),
             Measured("gkd", by, methods.gkd_step(self.gkd, *sizes)),
         ]
+        if self.distillation is not None:
+            step = methods.distillation_step(self.distillation, *sizes)
+            self.steps.insert(-1, Measured("distillation", by, step))
 
     def gate(self) -> dict[str, float]:
         """Relative differences of loss and gradient, ours against the naive step, on one rollout.

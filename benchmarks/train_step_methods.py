@@ -1,7 +1,8 @@
 """The training steps that `train_step.py` compares, and the clock that splits them into phases.
 
 Each is the code that its users run: `SwitchTrainer`; the same trainer with the naive loop and a
-loss on full logits; TRL's `GKDTrainer`, or its step written out where that cannot be had.
+loss on full logits; TRL's `DistillationTrainer`; and its `GKDTrainer`, or that one's step written
+out where it cannot be had.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ try:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 except ImportError:  # optional
     TRL_VERSION = GKDConfig = GKDTrainer = None
+try:
+    from trl import DistillationConfig, DistillationTrainer
+except ImportError:  # newer than the other
+    DistillationConfig = DistillationTrainer = None
 
 PHASES = ("rollout", "teacher forward", "student forward", "loss", "backward", "optimizer")
 NEGLIGIBLE = 1e-12  # a learning rate that leaves the weights as they are: all repeats are equal
@@ -279,19 +284,26 @@ def gkd_trainer(pair: Pair, batch: int, new_tokens: int, folder: str):
     `generate`; the precision of the models."""
     if trl_refuses(pair):
         return TimedWrittenGkd(pair, new_tokens)
+    args = GKDConfig(lmbda=1.0, max_new_tokens=new_tokens, **trl_options(pair, batch, folder))
+    return trl_trainer(GKDTrainer, pair, args, data_collator=lambda rows: rows)
+
+
+def trl_options(pair: Pair, batch: int, folder: str) -> dict:
+    return dict(
+        output_dir=folder, use_cpu=pair.student.device.type == "cpu", temperature=1.0,
+        per_device_train_batch_size=batch, learning_rate=NEGLIGIBLE, gradient_checkpointing=False,
+        bf16=False, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+
+
+def trl_trainer(kind: type, pair: Pair, args, **given):
+    """A trainer of TRL's whose losses are timed, and whose responses do not end early."""
     import datasets  # which TRL needs, and nothing else here
 
-    kind = type("TimedGkd", (Timed, GKDTrainer), {})
-    args = GKDConfig(
-        output_dir=folder, use_cpu=pair.student.device.type == "cpu", lmbda=1.0, temperature=1.0,
-        max_new_tokens=new_tokens, per_device_train_batch_size=batch,
-        learning_rate=NEGLIGIBLE, gradient_checkpointing=False, bf16=False, save_strategy="no",
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    rows = datasets.Dataset.from_dict({"prompt": [str(p) for p in pair.prompts]})
-    trainer = kind(
-        model=pair.student, teacher_model=pair.teacher, args=args, train_dataset=rows,
-        data_collator=lambda rows: rows, processing_class=number_tokenizer(pair),
+    trainer = type(f"Timed{kind.__name__}", (Timed, kind), {})(
+        model=pair.student, teacher_model=pair.teacher, args=args,
+        train_dataset=datasets.Dataset.from_dict({"prompt": [str(p) for p in pair.prompts]}),
+        processing_class=number_tokenizer(pair), **given,
     )  # fmt: skip
     trainer.generation_config.eos_token_id = None
     return trainer
@@ -316,6 +328,50 @@ def gkd_step(trainer, pair: Pair, batch: int, new_tokens: int) -> Callable[[], f
                 raise AssertionError(
                     f"generate: got sequences of {batch['input_ids'].shape[1]}, expected {width}"
                 )
+        return 0.0
+
+    return run
+
+
+# ------------------------------------------------------------------ TRL's DistillationTrainer
+
+
+def distillation_trainer(pair: Pair, batch: int, new_tokens: int, folder: str):
+    """DistillationTrainer with the settings of `gkd_trainer`, and GKD's beta of 1/2."""
+    args = DistillationConfig(
+        beta=0.5, max_completion_length=new_tokens,
+        gradient_accumulation_steps=len(pair.prompts) // batch, **trl_options(pair, batch, folder),
+    )  # fmt: skip
+    trainer = trl_trainer(DistillationTrainer, pair, args)
+    trainer.eos_token_ids = []
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer._tokenize_prompts = lambda prompts: (prompts, None, {})  # they are tokens
+    forward = trainer._get_last_hidden_state
+
+    def timed(model, *args, **kwargs):  # it computes its loss within the forward of the student
+        trainer.phases.to("teacher forward" if model is pair.teacher else "student forward")
+        hidden = forward(model, *args, **kwargs)
+        trainer.phases.to("loss")
+        return hidden
+
+    trainer._get_last_hidden_state = timed
+    return trainer
+
+
+def distillation_step(trainer, pair: Pair, batch: int, new_tokens: int) -> Callable[[], float]:
+    """All of a step up to the optimizer; no token is the teacher's. All micro-batches are sampled
+    at once, and padded to one length."""
+    rows = [{"prompt": prompt} for prompt in pair.prompts]
+
+    def run() -> float:
+        for _ in range(0, len(rows), batch):
+            trainer.phases.to("rollout")
+            trainer.training_step(pair.student, rows, None)
+        written = sum(int(part["completion_mask"].sum()) for part in trainer._buffered_inputs)
+        if written != len(rows) * new_tokens:
+            raise AssertionError(
+                f"generate: got {written} tokens, expected {len(rows) * new_tokens}"
+            )
         return 0.0
 
     return run

@@ -14,7 +14,8 @@ from benchmarks import train_step_methods as methods
 pytest.importorskip("trl")
 CPU = torch.device("cpu")
 KEYS = {"pair", "method", "implementation", "phase", "ms", "peak_mb", "ratio_to_gkd"}
-WAYS = (("switch", "switchkd"), ("switch", "naive"), ("gkd", "switchkd"), ("gkd", "trl 1"))
+WAYS = (("switch", "switchkd"), ("switch", "naive"), ("gkd", "switchkd"))
+WAYS += (("distillation", "trl 1"), ("gkd", "trl 1"))
 T, B = 24, 3
 
 
@@ -71,7 +72,7 @@ def test_phases_sum_to_the_step(rows):
         assert whole["ratio_low"] <= whole["ratio_to_gkd"] <= whole["ratio_high"]
     assert of(rows, "gkd", "trl")["step"]["ratio_to_gkd"] == 1
     shares = [of(rows, *way)["step"]["teacher_share"] for way in WAYS]
-    assert 0 < shares[0] == shares[1] < 1 and shares[2:] == [0, 0]
+    assert 0 < shares[0] == shares[1] < 1 and shares[2:] == [0, 0, 0]
 
 
 @pytest.fixture
@@ -118,6 +119,26 @@ def test_gkd_written_out_is_trl_s(bench):
         new.append((batch["input_ids"], batch["attention_mask"], batch["labels"], loss, gradient))
     torch.testing.assert_close(*new)
     assert (new[0][2] != -100).sum() == B * T
+
+
+def test_distillation_trains_on_its_samples_with_the_loss_of_gkd(bench):
+    bench.phases.start("rollout")
+    bench.steps[-2].run()
+    gradient = {n: p.grad.clone() for n, p in bench.pair.student.named_parameters()}
+    bench.pair.student.zero_grad()
+    (sampled,) = bench.distillation._buffered_inputs
+    text = {
+        "input_ids": torch.cat([sampled["prompt_ids"], sampled["completion_ids"]], 1),
+        "attention_mask": torch.cat([sampled["prompt_mask"], sampled["completion_mask"]], 1),
+    }
+    ids, counts = text["input_ids"], torch.zeros_like(text["attention_mask"])
+    counts[:, -T:] = sampled["completion_mask"]
+    assert counts.sum() == B * T
+    text["labels"] = torch.where(counts > 0, ids, -100)
+    written = methods.WrittenGkd(bench.pair, T)
+    written.compute_loss(bench.pair.student, text, torch.tensor(B * T)).backward()
+    expected = {n: p.grad for n, p in bench.pair.student.named_parameters()}
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_differently_padded_vocabularies_are_written_out(bench):
