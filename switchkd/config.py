@@ -224,8 +224,9 @@ class SwitchConfig(TrainingArguments):
         apart = not (self.shard_teacher and self.teacher_is_base)
         need("shard_teacher", apart, "false with teacher_is_base, whose weights are the student's")
         need("label_smoothing_factor", self.label_smoothing_factor == 0, "0: no loss here knows it")
-        by_length = getattr(self, "train_sampling_strategy", None) == "group_by_length"
-        need("train_sampling_strategy", not by_length, "random or sequential")
+        sampling = ("random", "sequential")  # the others ask rows for their length
+        known = getattr(self, "train_sampling_strategy", "random") in sampling
+        need("train_sampling_strategy", known, " or ".join(sampling))
         need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
         need("learning_rate", self.learning_rate > 0, "a number > 0")
         need("max_steps", self.max_steps != 0, "an integer >= 1, or -1 for num_train_epochs")

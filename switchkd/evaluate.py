@@ -58,6 +58,7 @@ class Checkpoint:
 
     label: str
     name: str
+    revision: str | None
     adapter: str | None
     gguf_file: str | None
     layers: str | None
@@ -69,6 +70,7 @@ class Checkpoint:
             self.name,
             dtype=args.dtype,
             gguf_file=self.gguf_file,
+            revision=self.revision or "main",
             trust_remote_code=args.trust_remote_code,
         )
         if self.layers is not None:
@@ -95,7 +97,8 @@ class Checkpoint:
         folders = [Path(folder) for folder in filter(None, (self.name, self.adapter))]
         files = [folder / name for folder in folders for name in CONFIGS]
         said = [(file.name, file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-        commit = None if folders[0].is_dir() else hub_commit(self.name, (self.gguf_file, *CONFIGS))
+        files = self.gguf_file, *CONFIGS
+        commit = None if folders[0].is_dir() else hub_commit(self.name, files, self.revision)
         return _digest([self._how(dtype), said, commit])
 
     def set_fingerprint(self, rows: Sequence[Row], dtype: str) -> str:
@@ -111,15 +114,21 @@ def _digest(value) -> str:
 
 def load_checkpoints(args: EvalArguments) -> list[Checkpoint]:
     names = map(adapters.find, args.model_name_or_path, args.adapter)
+    options = args.model_revision, args.gguf_file, args.student_layers
     found = []
-    for label, (name, adapter), gguf, layers in zip(
-        args.labels, names, args.gguf_file, args.student_layers, strict=True
+    for label, (name, adapter), revision, gguf, layers in zip(
+        args.labels, names, *options, strict=True
     ):
-        if gguf is None and adapter is not None:  # the base is what the run has begun with
+        if adapter is not None:  # the base is what the run has begun with
             run = read_settings(adapter)
-            gguf = run.get("gguf_file") if run.get("model_name_or_path") == name else None
-        tokenizer = load_tokenizer(name, gguf_file=gguf, trust_remote_code=args.trust_remote_code)
-        found.append(Checkpoint(label, name, adapter, gguf, layers, tokenizer))
+            if run.get("model_name_or_path") == name:
+                gguf = gguf or run.get("gguf_file")
+                revision = revision or run.get("model_revision")
+        tokenizer = load_tokenizer(
+            name, gguf_file=gguf, revision=revision or "main",
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+        found.append(Checkpoint(label, name, revision, adapter, gguf, layers, tokenizer))
     return found
 
 

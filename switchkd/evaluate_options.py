@@ -44,6 +44,7 @@ class EvalArguments:
     model_name_or_path: list[str] = option(
         "Hub ids, folders (a run's output_dir), or 'embedded'.", [EMBEDDED]
     )
+    model_revision: list[str] = option("Revisions on the Hub; an adapter knows its base's.", [])
     labels: list[str] = option("What the models are called in the table.", [])
     adapter: list[str] = option("LoRA adapters; one in a run's output_dir is found by itself.", [])
     gguf_file: list[str] = option("Read a model from this GGUF file in its folder.", [])
@@ -82,7 +83,7 @@ class EvalArguments:
         need("labels", len(self.labels) == len(models), f"one for each of {len(models)} models")
         distinct = len(set(self.labels)) == len(models)
         need("labels", distinct, "a name of its own for each model (--labels)")
-        for name in ("adapter", "gguf_file", "student_layers"):
+        for name in ("model_revision", "adapter", "gguf_file", "student_layers"):
             given = getattr(self, name)
             need(name, len(given) in (0, 1, len(models)), f"one, or one for each of {models}")
             values = (given or ["none"]) * (1 if len(given) == len(models) else len(models))

@@ -61,9 +61,10 @@ def load_config(name: str, *, gguf_file: str | None = None, **kwargs):
     return _load(AutoConfig, name, gguf_file, **kwargs)
 
 
-def hub_commit(name: str, files: Iterable[str | None]) -> str | None:
+def hub_commit(name: str, files: Iterable[str | None], revision: str | None) -> str | None:
     """The commit of a model on the Hub, of which any of these files has been loaded."""
-    cached = (try_to_load_from_cache(name, file) for file in files if file is not None)
+    files = filter(None, files)
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
     return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
 
 

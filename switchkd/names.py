@@ -18,9 +18,27 @@ REPLACED = {  # options of TRL without a counterpart: what to give instead
     "load_in_4bit": "teacher_quantization",
     "load_in_8bit": "teacher_quantization",
     "chat_template_path": "template, or the tokenizer's own",
+    "chat_template_kwargs": "template, or the tokenizer's own",
+    "pad_token": "none: the tokenizer's own",
+    "eos_token": "none: the tokenizer's own",
+    "generation_kwargs": "top_k, top_p, min_p",
+    "repetition_penalty": "none: a penalty would be no distribution of either model",
+    "cache_implementation": "none: the decoder has caches of its own",
+    "use_vllm": "none: teacher and student write together, in the block decoder",
+    "ds3_gather_for_generation": "none: models in parts need FSDP2",
+    "max_tool_calling_iterations": "none: rows with tool calls are refused",
+    "num_completions_to_print": "log_completions: one at each log",
+    "log_unique_prompts": "log_completions: one at each log",
+    "router_aux_loss_coef": "none: the loss is that of the method alone",
+    "activation_offloading": "gradient_checkpointing",
+    "shuffle_dataset": "train_sampling_strategy",
+    "pad_to_multiple_of": "none: rows are padded to the longest",
+    "dataset_kwargs": "rows of prompt and completion, instruction and output, or messages",
     "dataset_text_field": "rows of prompt and completion, instruction and output, or messages",
     "dataset_num_proc": "none: rows are tokenised in one process",
     "packing": "none: rows are never packed",
+    "packing_strategy": "none: rows are never packed",
+    "eval_packing": "none: rows are never packed",
     "padding_free": "none: rows are padded",
     "truncation_mode": "none: rows that are too long are left out",
     "completion_only_loss": "none: the loss is always on the response alone",
@@ -31,6 +49,8 @@ REPLACED = {  # options of TRL without a counterpart: what to give instead
 def hint_of(name: str, known: Iterable[str]) -> str:
     """What may have been meant by an unknown name."""
     bare = name.removeprefix("--")
+    if bare.startswith("vllm_"):
+        bare = "use_vllm"
     if bare in REPLACED:
         return f" (TRL's), expected {REPLACED[bare]}"
     near = difflib.get_close_matches(name, known, n=1)

@@ -179,19 +179,25 @@ def test_an_adapter_is_found_in_its_folder_and_evaluated_on_its_base(run, monkey
     assert texts != written(run, monkeypatch, *base)
 
 
-def test_an_adapter_on_a_gguf_base_is_evaluated_on_the_file_of_its_run(tmp_path, monkeypatch):
+def test_an_adapter_is_evaluated_on_the_base_that_its_run_began_with(tmp_path, monkeypatch):
     (tmp_path / adapters.ADAPTER_CONFIG).write_text('{"base_model_name_or_path": "some/base"}')
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_, **__: None)
+    revisions = []
+    monkeypatch.setattr(
+        evaluate, "load_tokenizer", lambda *_, revision, **__: revisions.append(revision)
+    )
 
-    def file_of(run, **options):
+    def base(run, **options):
         (tmp_path / "config.yaml").write_text(json.dumps(run))
         args = evaluate.EvalArguments(model_name_or_path=[str(tmp_path)], **options)
-        return evaluate.load_checkpoints(args)[0].gguf_file
+        (found,) = evaluate.load_checkpoints(args)
+        assert revisions[-1] == (found.revision or "main")
+        return found.gguf_file, found.revision
 
-    run = {"model_name_or_path": "some/base", "gguf_file": "a.gguf"}
-    assert file_of(run) == "a.gguf" and file_of(run, gguf_file=["b.gguf"]) == "b.gguf"
-    assert file_of({**run, "model_name_or_path": "uncut/base"}) is None  # the base is the cut one
-    assert file_of({}) is None
+    run = {"model_name_or_path": "some/base", "gguf_file": "a.gguf", "model_revision": "v1"}
+    assert base(run) == ("a.gguf", "v1")
+    assert base(run, gguf_file=["b.gguf"], model_revision=["v2"]) == ("b.gguf", "v2")
+    cut = {**run, "model_name_or_path": "uncut/base"}  # the base is the cut one
+    assert base(cut) == base({}) == (None, None)
 
 
 def test_the_base_of_a_run_that_was_moved_is_found(run, tmp_path):

@@ -1,5 +1,6 @@
 """Flags, YAML, aliases, presets; impossible values refused at once."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from switchkd.arguments import ScriptArguments
 from switchkd.command_line import DEMO, parse
 from switchkd.config import SwitchConfig
 from switchkd.loading import peft_config
+from switchkd.names import ALIASES, hint_of
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.run_folder import run_settings
 
@@ -86,6 +88,17 @@ def test_options_of_trl_without_a_counterpart_name_what_to_give(tmp_path, name, 
         parse([f"--{name.replace('_', '-')}", "1"])
 
 
+@pytest.mark.parametrize("where, name", [("trl", "Distillation"), ("trl.experimental.gkd", "GKD")])
+def test_every_option_of_trl_is_one_here_or_names_what_to_give(monkeypatch, where, name):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    config = getattr(pytest.importorskip(where), f"{name}Config", None)
+    if config is None:
+        pytest.skip("this version of TRL has none")
+    ours = {field.name for kind in (ScriptArguments, SwitchConfig) for field in fields(kind)}
+    for field in fields(config):
+        assert field.name in ours | ALIASES.keys() or "(TRL's)" in hint_of(field.name, ours)
+
+
 def test_aliases_and_seq_kd(tmp_path):
     path = write(tmp_path, model_name_or_path="a", max_completion_length=33)
     assert parse(["--config", path, "--max-completion-length", "34"])[1].max_new_tokens == 34
@@ -132,6 +145,7 @@ def test_yaml_values_become_what_they_mean(tmp_path):
         ("lmbda: 1\nlora_r: 3\nlmbda: 0", "not valid YAML .the key 'lmbda' is there twice"),
         ("label_smoothing_factor: 0.1", "label_smoothing_factor: got 0.1, expected 0"),
         ("train_sampling_strategy: group_by_length", "got 'group_by_length', expected random or"),
+        ("train_sampling_strategy: batch_rebalance", "got 'batch_rebalance', expected random or"),
         ("template: alpacca", "template: got 'alpacca', expected one of auto, chat, alpaca, none"),
         ("lora_r: 8", "lora_r: got 8, expected use_peft true with it"),
         ("eval_size: 0", "eval_size: got 0, expected an integer >= 1"),

@@ -261,7 +261,7 @@ def test_rows_too_long_for_one_model_are_left_out_for_all(model_dir):
     records = [{"prompt": "x" * n, "completion": "y"} for n in (4, 12, 6)]
     save_rows(model_dir / "long.jsonl", records)
     args = EvalArguments(max_prompt_length=8)
-    checkpoints = [Checkpoint(x, x, None, None, None, t) for x, t in
+    checkpoints = [Checkpoint(x, x, None, None, None, None, t) for x, t in
                    (("a", Halves()), ("b", byte_tokenizer()))]  # fmt: skip
     read = read_set(
         Source((str(model_dir / "long.jsonl"),)), checkpoints, args, Console(quiet=True)
@@ -282,7 +282,7 @@ def test_the_split_of_a_data_set_is_test_or_the_one_named(model_dir):
         records = [{"prompt": f"{split} {i}", "completion": "y"} for i in range(count)]
         (model_dir / "hub").mkdir(exist_ok=True)
         save_rows(model_dir / "hub" / f"{split}.jsonl", records)
-    checkpoints = [Checkpoint("m", "m", None, None, None, byte_tokenizer())]
+    checkpoints = [Checkpoint("m", "m", None, None, None, None, byte_tokenizer())]
     for split, count in ((None, 2), ("validation", 3), ("train", 4)):
         args = EvalArguments(split=split)
         (rows,) = read_set(

@@ -70,8 +70,8 @@ def test_a_label_has_scores_of_one_model_alone(model_dir, capsys):
 def test_a_models_settings_and_its_commit_on_the_hub_are_part_of_it(model_dir, monkeypatch):
     folder, hub = model_dir / "model", model_dir / "hub" / "models--some--model"
 
-    def fingerprint(name):
-        return Checkpoint("m", str(name), None, None, None, None).fingerprint("auto")
+    def fingerprint(name, revision=None):
+        return Checkpoint("m", str(name), revision, None, None, None, None).fingerprint("auto")
 
     seen = [fingerprint(folder)]
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -88,6 +88,7 @@ def test_a_models_settings_and_its_commit_on_the_hub_are_part_of_it(model_dir, m
         (hub / "refs" / "main").write_text(commit)
         seen += [fingerprint("some/model")] * 2
     assert len(set(seen)) == 6
+    assert fingerprint("some/model", "1" * 40) == seen[-3] != fingerprint("some/model")
 
 
 def test_results_of_before_a_label_had_a_fingerprint_go_on(model_dir, capsys):
