@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from switchkd import decoder as block_decoder
 from switchkd import rollout as naive_decoder
 from switchkd.models import last_position
+from switchkd.stream import Stream
 
 
 class Meter:
@@ -28,7 +29,7 @@ class Meter:
         (block_decoder._Decoder, "draft", "draft"),
         (block_decoder._Decoder, "verify", "verify"),
         (block_decoder._Decoder, "decide", "decide"),
-        (naive_decoder._Stream, "step", "forward"),
+        (Stream, "step", "forward"),
         (naive_decoder, "_select", "decide"),
     )
     COUNTED = (

@@ -32,6 +32,8 @@ def _rows(module, query, key, value, attention_mask, scaling=None, softcap=None,
     batch, heads, count, width = query.shape
     folded = query.reshape(batch, key.shape[1], -1, width)
     mask = attention_mask.to(query.dtype)  # another only under autocast
+    if mask.shape[2] != folded.shape[2]:  # more or fewer heads than the configuration tells
+        mask = mask[:, :, :count].repeat(1, 1, folded.shape[2] // count, 1)
     out = scaled_dot_product_attention(folded, key, value, mask, scale=scaling)
     return out.reshape(batch, heads, count, -1).transpose(1, 2).contiguous(), None
 
@@ -96,10 +98,3 @@ def attending(config, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def pads_are_nan(model: nn.Module) -> bool:
-    """Whether rows cannot be padded: eager attention takes its softmax in float32, where the least
-    float64, which masks, is -inf, and so a position that attends to nothing is NaN."""
-    eager = model.config.get_text_config()._attn_implementation == "eager"
-    return eager and model.dtype == torch.float64

@@ -11,8 +11,9 @@ import psutil
 import torch
 from torch import nn
 
-from switchkd.cache import CachedModel, check_architecture, position_bytes
+from switchkd.cache import CachedModel, NotServed, check_architecture, position_bytes
 from switchkd.graphs import Graphs
+from switchkd.models import knows_head
 from switchkd.planner import Planner
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Engine:
         self.given = {role: model for role, model in given.items() if model is not None}
         for model in self.given.values():
             check_architecture(model)
+            if not knows_head(model):
+                raise NotServed(
+                    f"{type(model).__name__} makes other logits of its hidden states than its "
+                    "output head alone does; the naive loop decodes it"
+                )
         self.device = student.device
         self.plan = (block, drafter, costs, self.device.type)
         self.planner = Planner(*self.plan)

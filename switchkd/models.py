@@ -100,7 +100,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
                 "decoder and loss work below what it puts before the text"
             )
     model = model.get_base_model() if hasattr(model, "peft_config") else model
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return getattr(model, "model", decoder) if decoder is model else decoder  # Llama 4 says itself
 
 
 def cache_name(model) -> str:
@@ -142,8 +143,15 @@ class Head:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+# How configurations call a factor of the logits and what divides them (HyperCLOVA X multiplies).
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+
+
 def head_of(model: nn.Module) -> Head:
-    """The output head of a causal language model, with Gemma's soft cap and Cohere's scale."""
+    """The output head of a causal language model, with Gemma's soft cap and Cohere's scale; whether
+    that is all, `knows_head` tells."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if layer is None or not hasattr(layer, "weight"):
         raise ValueError(
@@ -154,11 +162,44 @@ def head_of(model: nn.Module) -> Head:
             f"{type(model).__name__}: got an output head of {type(layer.weight.data).__name__}, "
             f"{layer.weight.dtype}, expected one that is not quantised (modules_to_not_convert)"
         )
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+    scale, softcap = 1.0, None
+    for name in (*FACTORS, *DIVISORS):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)):
+            divides = name in DIVISORS and config.model_type != "hyperclovax"
+            scale = scale / value if divides else scale * value
+    for name in SOFTCAPS:
+        softcap = softcap or getattr(config, name, None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+
+@torch.no_grad()
+def knows_head(model: nn.Module) -> bool:
+    """Whether a model's logits are those that `head_of` makes of its decoder's hidden states: tried
+    on a few tokens, for an architecture may do anything between the two."""
+    head, seen, training = head_of(model), [], model.training
+    hook = decoder_of(model).register_forward_hook(lambda _module, _args, out: seen.append(out[0]))
+    try:
+        tokens = torch.arange(4, device=model.device) % len(head.weight)
+        logits = model.eval()(input_ids=tokens[None], use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+        model.train(training)
+    if not logits.isfinite().all():
+        return True  # another fault, which is found where a token is drawn
+    if not seen or seen[0].shape[-1] != head.weight.shape[1]:
+        return False
+    made = head.logits(seen[0][0], len(head.weight))
+    return made.shape == logits.shape and bool((made - logits).norm() <= 0.02 * logits.norm())
+
+
+def check_head(model: nn.Module, role: str) -> None:
+    """Refuse a model whose loss would be that of other logits than its own."""
+    if not knows_head(model):
+        raise ValueError(
+            f"{role}: got {type(model).__name__}, which makes other logits of its hidden states "
+            "than its output head does; expected a linear head, at most with a scale and a soft cap"
+        )
 
 
 def layers_in(model: nn.Module) -> nn.ModuleList:

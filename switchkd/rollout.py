@@ -22,11 +22,11 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
-from switchkd.attention import pads_are_nan, without_cudnn
-from switchkd.models import cache_name, last_position
+from switchkd.attention import without_cudnn
 from switchkd.ngrams import without_repeats
 from switchkd.padding import batches
 from switchkd.policies import Policy, Student, require
+from switchkd.stream import Stream, padding_matters
 
 
 @dataclass(frozen=True)
@@ -129,39 +129,6 @@ class Rollout:
         return Rollout(lengths=lengths, seconds=sum(p.seconds for p in parts), **columns)
 
 
-@dataclass
-class _Stream:
-    """One model and its cache, fed with left-padded tokens."""
-
-    model: torch.nn.Module
-    cache: object = None
-
-    def __post_init__(self):
-        self.cache_name = cache_name(self.model)  # once: a token takes long enough
-        kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
-        self.recurrent = set(kinds or ()) == {"linear_attention"}
-
-    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Feed tokens (B, n); returns the logits (B, V) after the last one."""
-        if self.recurrent and self.cache is not None:
-            mask = None  # Mamba multiplies it with the tokens of this pass, none of them padding
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=last_position(tokens.device),
-            **{self.cache_name: self.cache},
-        )
-        self.cache = getattr(out, self.cache_name, None)
-        if self.cache is None:
-            name = type(self.model).__name__
-            raise ValueError(
-                f"{name}: got an output without {self.cache_name}, expected a model that keeps one"
-            )
-        return out.logits[:, -1]
-
-
 def without_comparison(chosen: SwitchSelection, settled: Tensor) -> SwitchSelection:
     """The same where the teacher writes anyway: nothing was compared there."""
     nothing = chosen.divergence.new_full((), math.nan)
@@ -242,7 +209,8 @@ def rollout_naive(
 ) -> Rollout:
     """Write one completion per prompt, token by token, both models on the mixed prefix.
 
-    prompts: B lists of token ids, any lengths, none empty. policy: who writes (default: student).
+    prompts: B lists of token ids, none empty, of any lengths but for the few models whose text
+    changes with padding (`rollout_in_batches` sees to that). policy: who writes (default: student).
     teacher may be None for the student policy. vocab_size: the shared real vocabulary where the
     models pad theirs differently. sequence_ids: B integers that key the noise (default 0..B-1); a
     row's tokens depend on (prompt, seed, sequence id) alone, never on the batch around it.
@@ -254,7 +222,7 @@ def rollout_naive(
     policy, sampling = policy or Student(), sampling or Sampling()
     check_models(teacher, policy, sampling)
     check_request(prompts, max_new_tokens, sequence_ids)
-    streams = [_Stream(model) for model in (teacher, student) if model is not None]
+    streams = [Stream(model) for model in (teacher, student) if model is not None]
     for stream in streams:
         check_lengths(stream.model, prompts, max_new_tokens)
         stream.model.eval()
@@ -375,7 +343,8 @@ def rollout_in_batches(
 
     The row in an InvalidLogits error is that of `prompts`.
     """
-    equal = any(pads_are_nan(model) for model in (teacher, student) if model is not None)
+    given = [model for model in (teacher, student) if model is not None]
+    equal = len(set(map(len, prompts))) > 1 and any(map(padding_matters, given))
     parts, order = [], []
     for part in batches([len(p) for p in prompts], batch_size, equal):
         order += part

@@ -105,6 +105,7 @@ class SwitchTrainer(RolloutTrainer):
         for role, checked in (("teacher", teacher_model), ("student", model)):
             if checked is not None:
                 models.check_weights(checked, role)
+                models.check_head(checked, role)
                 check_lengths(checked, [[0] * args.max_prompt_length], args.max_new_tokens)
         if args.disable_dropout:
             models.disable_dropout(model)

@@ -187,13 +187,11 @@ def test_hidden_states_are_those_of_a_fresh_forward_pass():
 def test_drafts_save_passes_of_the_verifier():
     """Equal models: every draft is right, so 14 tokens take the verifier ceil(14 / 4) passes."""
     teacher, _ = pair()
-    calls = []
+    student, given = tiny_model(seed=1), COMMON | {"eos_token_ids": []}
+    engine, calls = Engine(teacher, student, block=4, drafter="student"), []
     hook = teacher.register_forward_pre_hook(lambda *_: calls.append("whole model"))
     layer = teacher.model.layers[0].register_forward_pre_hook(lambda *_: calls.append("pass"))
-    student, given = tiny_model(seed=1), COMMON | {"eos_token_ids": []}
-    got = rollout(
-        teacher, student, [[5, 6]], Switch(max_new_tokens=T), block=4, drafter="student", **given
-    )
+    got = rollout(teacher, student, [[5, 6]], Switch(max_new_tokens=T), engine=engine, **given)
     hook.remove(), layer.remove()
     assert got.lengths.tolist() == [T]
     assert calls.count("pass") == 1 + 4 and "whole model" not in calls  # prompt, 4 + 4 + 4 + 2
@@ -216,16 +214,15 @@ def test_the_student_rests_once_the_teacher_writes_all():
     teacher, student = pair()
     given = COMMON | {"eos_token_ids": []}
     for policy in (AdaSwitch(K=1e-3, L=2), Teacher()):
+        given["engine"] = Engine(teacher, student, block=1, drafter="teacher")
         count, got = passes(
-            student,
-            lambda policy=policy: rollout(
-                teacher, student, EVEN, policy, block=1, drafter="teacher", **given
-            ),
+            student, lambda policy=policy: rollout(teacher, student, EVEN, policy, **given)
         )
         settled = got.threshold.isneginf()
         last = int((~settled).sum(1).max())  # rounds in which some row was compared
         assert count == 1 + max(last, 1) < T
         assert got.from_teacher[settled].all() and got.divergence[settled].isnan().all()
+        del given["engine"]
         want = rollout_naive(teacher, student, EVEN, policy, **given)
         assert_same(got, want)
 
@@ -235,13 +232,11 @@ def test_an_earlier_completion_is_verified_in_blocks():
     given = COMMON | {"eos_token_ids": [], "batch_size": 3}
     policy = Switch(max_new_tokens=T)
     plain = rollout(teacher, student, EVEN, policy, block=4, drafter="student", **given)
+    given["engine"] = Engine(teacher, student, block=7, drafter="history")
+    history = plain.completions()
     count, again = passes(
-        teacher,
-        lambda: rollout(
-            teacher, student, EVEN, policy, block=7, drafter="history",
-            history=plain.completions(), **given,
-        ),
-    )  # fmt: skip
+        teacher, lambda: rollout(teacher, student, EVEN, policy, history=history, **given)
+    )
     assert_same(again, plain)
     assert count == 3 * (1 + T // 7)  # three batches: a prefill, two blocks each
     with pytest.raises(ValueError, match="history: got 1, expected one for each of 7"):

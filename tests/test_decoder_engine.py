@@ -7,7 +7,13 @@ import torch
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from switchkd_kernels import InvalidLogits
 from test_decoder import COMMON, T, assert_same, pair, prompts
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTBigCodeConfig,
+    GPTNeoConfig,
+    Phi3Config,
+)
 from transformers.activations import NewGELUActivation
 
 from switchkd import decoder
@@ -140,6 +146,15 @@ def test_architectures_that_a_row_cache_cannot_serve(config, options, reason):
     model = build(config, **options)
     with pytest.raises(ValueError, match=reason):
         Engine(None, model)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_configuration_may_not_tell_how_many_heads_the_keys_have(multi_query):
+    torch.manual_seed(0)
+    options = dict(n_layer=2, n_head=4, n_positions=128, multi_query=multi_query)
+    models = [build(GPTBigCodeConfig, **options) for _ in range(2)]
+    want, got = (f(*models, prompts(), POLICY, **COMMON) for f in (rollout_naive, rollout))
+    assert_same(got, want)
 
 
 def test_long_rope_is_refused_where_it_looks_at_the_batch():

@@ -4,13 +4,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+import transformers
+from conftest import ARCHITECTURES, EOS, PAD, VOCAB, byte_tokenizer, tiny_model
 from torch import nn
 
 from switchkd.decoder import rollout
 from switchkd.losses import collate, distillation_loss, response_hidden, response_labels
 from switchkd.models import (
     cache_name,
+    check_head,
     check_weights,
     cut_layers,
     decoder_of,
@@ -140,6 +142,50 @@ def test_softcap_and_scale_are_read_from_the_configuration():
     hidden = torch.randn(3, 32, dtype=torch.float64)
     want = 30 * torch.tanh(0.5 * (hidden @ model.lm_head.weight.T) / 30)
     torch.testing.assert_close(head.logits(hidden, 60).double(), want, rtol=1e-5, atol=1e-5)
+
+
+# Between hidden states and logits: a factor, a divisor, a cap, a decoder with an unusual name, and
+# for the last something that is no head of ours.
+HEADS = {
+    "HyperCLOVAXConfig": dict(logits_scaling=3.0),
+    "GraniteConfig": dict(logits_scaling=3.0),
+    "CohereConfig": dict(),
+    "FalconH1Config": dict(
+        lm_head_multiplier=0.2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+    ),
+    "Gemma2Config": dict(),
+    "Llama4TextConfig": dict(intermediate_size_mlp=48, num_local_experts=2, head_dim=8),
+    "ModernBertDecoderConfig": dict(bos_token_id=0, cls_token_id=0, sep_token_id=0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_is_that_of_the_models_own_logits(name):
+    if not hasattr(transformers, name):
+        pytest.skip("this version of transformers has none")
+    options = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, bos_token_id=None, eos_token_id=EOS,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**options | HEADS[name])
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.3)
+    if name == "ModernBertDecoderConfig":
+        with pytest.raises(ValueError, match="student: got ModernBertDecoderForCausalLM, which"):
+            check_head(model, "student")
+        return
+    check_head(model, "student")
+    assert model.training
+    batch = collate([[3, 4, 5]], [[6, 7, 1]], pad=PAD)
+    loss = distillation_loss(None, model, model, batch, vocab_size=VOCAB, kind="cross_entropy")
+    log_q = model(batch["input_ids"]).logits[0].log_softmax(-1)
+    want = -sum(log_q[i, t] for i, t in ((2, 6), (3, 7), (4, 1)))
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 
 def test_broken_weights_are_refused_before_any_work():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits, jsd, switch_select
-from transformers import AutoModelForCausalLM, FalconMambaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, BartConfig, FalconMambaConfig, MambaConfig
 
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches, rollout_naive
@@ -223,6 +223,25 @@ def test_eager_attention_in_float64_writes_the_same(name):
     torch.testing.assert_close(
         out.divergence, wanted.divergence, rtol=1e-3, atol=1e-5, equal_nan=True
     )
+
+
+def test_positions_that_count_padding_write_the_same():
+    """BART's count all that was read, so no row is padded."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCAB, d_model=32, decoder_layers=1, decoder_attention_heads=4,
+        decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.5, eos_token_id=EOS,
+        pad_token_id=PAD, is_encoder_decoder=False, is_decoder=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    options = dict(max_new_tokens=12, eos_token_ids=[EOS], pad_token_id=PAD, vocab_size=VOCAB)
+    together, alone = (
+        rollout_in_batches(
+            None, model, PROMPTS, batch_size=n, sequence_ids=range(len(PROMPTS)), **options
+        )
+        for n in (4, 1)
+    )
+    assert together.completions() == alone.completions()
 
 
 def test_bad_input_is_refused_with_the_reason():
