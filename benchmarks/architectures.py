@@ -70,7 +70,7 @@ _SIZES = {
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 SIZES |= dict(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
 # What else to try, in this order: keys of all heads (multi-head latent attention), layers of two
-# kinds, no ALiBi, a BOS token.
+# kinds as Qwen3-Next, Kimi Linear, Bamba and Jamba name them, Falcon without ALiBi, a BOS token.
 LINEAR, FULL = "linear_attention", "full_attention"
 CHANGES = (
     {},

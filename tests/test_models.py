@@ -188,6 +188,12 @@ def test_the_loss_is_that_of_the_models_own_logits(name):
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 
+def test_encoder_decoders_are_refused():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=48, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="teacher: got T5ForConditionalGeneration, an encoder-"):
+        check_head(transformers.T5ForConditionalGeneration(config), "teacher")
+
+
 def test_broken_weights_are_refused_before_any_work():
     model = tiny_model()
     with torch.no_grad():

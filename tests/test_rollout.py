@@ -1,5 +1,6 @@
 """The naive rollout: batching, padding, positions, EOS and the record, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, BartConfig, FalconMambaConfig, Ma
 
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches, rollout_naive
+from switchkd.stream import padding_matters
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 34, 35, 36]]
 POLICIES = {
@@ -225,6 +227,13 @@ def test_eager_attention_in_float64_writes_the_same(name):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_does_not_matter_where_positions_are_told(name, dtype):
+    model = tiny_model(name, dtype=dtype).train()
+    assert not padding_matters(model) and model.training
+
+
 def test_positions_that_count_padding_write_the_same():
     """BART's count all that was read, so no row is padded."""
     torch.manual_seed(0)
@@ -235,6 +244,7 @@ def test_positions_that_count_padding_write_the_same():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).double().eval()
     options = dict(max_new_tokens=12, eos_token_ids=[EOS], pad_token_id=PAD, vocab_size=VOCAB)
+    assert padding_matters(model) and padding_matters(copy.deepcopy(model).bfloat16())
     together, alone = (
         rollout_in_batches(
             None, model, PROMPTS, batch_size=n, sequence_ids=range(len(PROMPTS)), **options
