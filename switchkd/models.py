@@ -197,7 +197,8 @@ def check_head(model: nn.Module, role: str) -> None:
     """Refuse a model whose loss would be that of other logits than its own."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{role}: got {type(model).__name__}, an encoder-decoder, expected a causal language model"
+            f"{role}: got {type(model).__name__}, an encoder-decoder, "
+            "expected a causal language model"
         )
     if not knows_head(model):
         raise ValueError(
