@@ -214,15 +214,16 @@ def test_the_student_rests_once_the_teacher_writes_all():
     teacher, student = pair()
     given = COMMON | {"eos_token_ids": []}
     for policy in (AdaSwitch(K=1e-3, L=2), Teacher()):
-        given["engine"] = Engine(teacher, student, block=1, drafter="teacher")
         count, got = passes(
-            student, lambda policy=policy: rollout(teacher, student, EVEN, policy, **given)
+            student,
+            lambda policy=policy: rollout(
+                teacher, student, EVEN, policy, block=1, drafter="teacher", **given
+            ),
         )
         settled = got.threshold.isneginf()
         last = int((~settled).sum(1).max())  # rounds in which some row was compared
         assert count == 1 + max(last, 1) < T
         assert got.from_teacher[settled].all() and got.divergence[settled].isnan().all()
-        del given["engine"]
         want = rollout_naive(teacher, student, EVEN, policy, **given)
         assert_same(got, want)
 
@@ -232,11 +233,13 @@ def test_an_earlier_completion_is_verified_in_blocks():
     given = COMMON | {"eos_token_ids": [], "batch_size": 3}
     policy = Switch(max_new_tokens=T)
     plain = rollout(teacher, student, EVEN, policy, block=4, drafter="student", **given)
-    given["engine"] = Engine(teacher, student, block=7, drafter="history")
-    history = plain.completions()
     count, again = passes(
-        teacher, lambda: rollout(teacher, student, EVEN, policy, history=history, **given)
-    )
+        teacher,
+        lambda: rollout(
+            teacher, student, EVEN, policy, block=7, drafter="history",
+            history=plain.completions(), **given,
+        ),
+    )  # fmt: skip
     assert_same(again, plain)
     assert count == 3 * (1 + T // 7)  # three batches: a prefill, two blocks each
     with pytest.raises(ValueError, match="history: got 1, expected one for each of 7"):
