@@ -197,7 +197,8 @@ def knows_head(model: nn.Module) -> bool:
     own = vars(decoder).get("forward")  # of a wrapper, if there is one
     decoder.forward = lambda *_, **__: _Hidden(states)
     try:
-        logits = model.eval()(input_ids=tokens, use_cache=False).logits
+        # Not by a call of the model: hooks, which count or time its passes, are not concerned.
+        logits = model.eval().forward(input_ids=tokens, use_cache=False).logits
     finally:
         del decoder.forward
         if own is not None:

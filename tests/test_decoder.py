@@ -187,11 +187,13 @@ def test_hidden_states_are_those_of_a_fresh_forward_pass():
 def test_drafts_save_passes_of_the_verifier():
     """Equal models: every draft is right, so 14 tokens take the verifier ceil(14 / 4) passes."""
     teacher, _ = pair()
-    student, given = tiny_model(seed=1), COMMON | {"eos_token_ids": []}
-    engine, calls = Engine(teacher, student, block=4, drafter="student"), []
+    calls = []
     hook = teacher.register_forward_pre_hook(lambda *_: calls.append("whole model"))
     layer = teacher.model.layers[0].register_forward_pre_hook(lambda *_: calls.append("pass"))
-    got = rollout(teacher, student, [[5, 6]], Switch(max_new_tokens=T), engine=engine, **given)
+    student, given = tiny_model(seed=1), COMMON | {"eos_token_ids": []}
+    got = rollout(
+        teacher, student, [[5, 6]], Switch(max_new_tokens=T), block=4, drafter="student", **given
+    )
     hook.remove(), layer.remove()
     assert got.lengths.tolist() == [T]
     assert calls.count("pass") == 1 + 4 and "whole model" not in calls  # prompt, 4 + 4 + 4 + 2
