@@ -33,10 +33,11 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.timing import write_csv
+from switchkd.attention import LIMITS
 from switchkd.decoder import rollout
 from switchkd.losses import collate, distillation_loss
 from switchkd.policies import Switch
@@ -45,7 +46,7 @@ from switchkd.rollout import Rollout, Sampling, rollout_in_batches
 TABLE = Path(__file__).parent / "results" / "architectures.csv"
 COLUMNS = ("model_type", "decoder", "equal", "logprob", "loss", "gradient", "dtype", "why")
 VOCAB, EOS, PAD = 60, 1, 0
-PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]  # some grow beyond a window of 8
 SECONDS = 60  # for one architecture
 PARAMETERS = 5_000_000  # more than this, and a configuration has not become small
 
@@ -58,7 +59,7 @@ _SIZES = {
     16: "moe_intermediate_size shared_expert_intermediate_size expert_hidden_size",
     128: "max_position_embeddings n_positions max_seq_len",
     8: "head_dim kv_lora_rank q_lora_rank v_head_dim hidden_size_per_layer_input state_size "
-    "mamba_d_state mamba_d_head router_dim",
+    "mamba_d_state mamba_d_head router_dim sliding_window attention_chunk_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads num_experts "
     "num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim "
     "rotary_dim mamba_n_heads conv_kernel time_step_rank",
@@ -68,9 +69,11 @@ _SIZES = {
     "num_mem_blocks mamba_n_groups",
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
-SIZES |= dict(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+IDS = dict(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+SIZES |= IDS
 # What else to try, in this order: keys of all heads (multi-head latent attention), layers of two
-# kinds as Qwen3-Next, Kimi Linear, Bamba and Jamba name them, Falcon without ALiBi, a BOS token.
+# kinds as Qwen3-Next, Kimi Linear, Bamba and Jamba name them, Falcon without ALiBi, a BOS token;
+# Granite 4, LFM2, Mamba 2, GPT-Neo, Zaya.
 LINEAR, FULL = "linear_attention", "full_attention"
 CHANGES = (
     {},
@@ -82,20 +85,33 @@ CHANGES = (
      "expert_layer_offset": 1},
     {"head_dim": None, "num_kv_heads": None, "ffn_hidden_size": None, "alibi": False},
     {"bos_token_id": 2},
+    {"layer_types": [LINEAR, FULL], "mamba_d_head": 16},
+    {"layer_types": ["conv", FULL]},
+    {"head_dim": 16, "n_groups": 1},
+    {"attention_types": [[["global", "local"], 1]]},
+    {"num_experts_per_tok": 1},
 )  # fmt: skip
 
 
-def build(config_type: type, changes: dict, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A small model; None as a change leaves a size as it is."""
+def shrunk(config_type: type, changes: dict) -> PreTrainedConfig:
+    """A small configuration, of images and sound, too; None as a change leaves a size as it is."""
     known = config_type()
-    if known.get_text_config() is not known:
-        raise ValueError("a model of more than text")
-    sizes = SIZES | changes
-    sizes = {name: size for name, size in sizes.items() if hasattr(known, name)}
-    for name, size in changes.items():
-        if size is None:
-            sizes.pop(name, None)
-    config = config_type(**sizes)
+    known.allow_global_per_layer_attribute_access = True
+    parts = {name: getattr(known, name, None) for name in config_type.sub_configs}
+    parts = {name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    kinds = set(getattr(known, "layer_types", None) or ())
+    mixed = {"layer_types": sorted(kinds)} if len(kinds) == 2 and kinds <= LIMITS.keys() else {}
+    if mixed and hasattr(known, "num_kv_shared_layers"):  # Gemma 4
+        mixed = dict(layer_types=sorted(kinds) * 2, num_hidden_layers=4, num_kv_shared_layers=2)
+    sizes = SIZES | mixed | changes if not parts else IDS
+    left = {name for name, size in changes.items() if size is None}
+    sizes = {name: x for name, x in sizes.items() if hasattr(known, name) and name not in left}
+    return config_type(**sizes, **{name: shrunk(type(x), changes) for name, x in parts.items()})
+
+
+def build(config_type: type, changes: dict, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A small model with random weights."""
+    config = shrunk(config_type, changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if sum(parameter.numel() for parameter in model.parameters()) > PARAMETERS:

@@ -25,10 +25,19 @@ ROWS, FLASH = "switchkd_rows", "switchkd_flash"
 SERVED = ("sdpa", "eager", "flash_attention_2")
 
 
+def _refuse(module, **given) -> None:
+    """Raise for what a layer says of its attention, and a function below does not compute."""
+    for name, value in given.items():
+        if value is not None:  # s_aux: gpt-oss's attention sinks
+            raise ValueError(
+                f"{type(module).__name__}: got {name} in attention, expected none; a model that is "
+                "loaded with attn_implementation='eager' keeps its own function"
+            )
+
+
 def _rows(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """Scaled dot products; attention_mask (b, 1, G q, reach) from `row_mask`."""
-    if softcap is not None:
-        raise ValueError(f"{type(module).__name__}: got a softcap in attention, expected none")
+    _refuse(module, softcap=softcap, s_aux=kwargs.get("s_aux"))
     batch, heads, count, width = query.shape
     folded = query.reshape(batch, key.shape[1], -1, width)
     mask = attention_mask.to(query.dtype)  # another only under autocast
@@ -38,13 +47,20 @@ def _rows(module, query, key, value, attention_mask, scaling=None, softcap=None,
     return out.reshape(batch, heads, count, -1).transpose(1, 2).contiguous(), None
 
 
+# What `attending` says of a pass, for `_flash`: not every model hands on what its forward is given.
+_pass: dict = {"seqlens": None, "window": None}
+
+
 def _flash(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
-    """flash-attn; cache_seqlens (b,) int32 counts the queries, whose causal mask ends there."""
+    """flash-attn; seqlens (b,) int32 count the queries, whose causal mask ends there."""
+    _refuse(module, s_aux=kwargs.get("s_aux"))
+    window = kwargs.get("sliding_window") or _pass["window"]  # a query's own position counts
     out = flash_attn_with_kvcache(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        cache_seqlens=kwargs["cache_seqlens"],
+        cache_seqlens=_pass["seqlens"],
         softmax_scale=scaling,
         causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
     )
     return out, None
@@ -54,13 +70,39 @@ for _name, _function in ((ROWS, _rows), (FLASH, _flash)):
     AttentionInterface.register(_name, _function)
 
 
-def row_mask(positions: Tensor, reach: int, groups: int, dtype: torch.dtype) -> Tensor:
+# What limits the earlier entries that a layer of some kind sees, by its name in configurations.
+LIMITS = {
+    "full_attention": None,
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+
+
+def spans_of(config) -> dict[str, int | None]:
+    """The kinds of attention in a model's layers, and how many entries they see; None: all."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is None:  # the second name is GPT-Neo's
+        windowed = getattr(config, "use_sliding_window", None) is not False  # Qwen2 names one
+        window = getattr(config, "sliding_window", None) if windowed else None
+        kinds = ["sliding_attention" if window else "full_attention"]
+    return {x: getattr(config, LIMITS.get(x) or "", None) for x in sorted(set(kinds))}
+
+
+def row_mask(
+    positions: Tensor, reach: int, groups: int, dtype: torch.dtype,
+    kind: str = "full_attention", span: int | None = None,
+) -> Tensor:  # fmt: skip
     """(b, 1, groups * q, reach): 0 where a query at positions (b, q) sees a cache entry, else -inf.
 
-    Added to the scores; no row of it is all -inf, for the first entry is always seen. Every layer
+    Added to the scores; no row of it is all -inf, for a query sees its own entry. Every layer
     would make the same of a mask of bools, for itself.
     """
-    unseen = torch.arange(reach, device=positions.device) > positions[:, None, :, None]
+    entries, last = torch.arange(reach, device=positions.device), positions[:, None, :, None]
+    unseen = entries > last
+    if kind == "sliding_attention":
+        unseen |= entries <= last - span
+    elif kind == "chunked_attention":
+        unseen |= entries < last - last % span
     mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
     return mask.repeat(1, 1, groups, 1) if groups > 1 else mask
 
@@ -71,7 +113,8 @@ def attention_for(model: nn.Module) -> str:
     if config._attn_implementation == "eager" or not model._supports_attention_backend:
         return config._attn_implementation
     half = model.dtype in (torch.float16, torch.bfloat16)
-    if flash_attn_with_kvcache is not None and half and model.device.type == "cuda":
+    flash = half and model.device.type == "cuda" and "chunked_attention" not in spans_of(config)
+    if flash_attn_with_kvcache is not None and flash:
         return FLASH
     return ROWS
 
@@ -90,11 +133,16 @@ def without_cudnn() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attending(config, name: str) -> Iterator[None]:
-    """Within it, the layers of this config call the function `name`."""
+def attending(
+    config, name: str, seqlens: Tensor | None = None, window: int | None = None
+) -> Iterator[None]:
+    """Within it, the layers of this config call the function `name`; for flash-attn, tokens of each
+    row (b,) int32 with those of the pass, and the window of all layers, if they share one."""
     before = config._attn_implementation
     config._attn_implementation = name
+    _pass.update(seqlens=seqlens, window=window)
     try:
         yield
     finally:
         config._attn_implementation = before
+        _pass.update(seqlens=None, window=None)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from switchkd.attention import FLASH, ROWS, SERVED, attending, attention_for, row_mask
+from switchkd.attention import (
+    FLASH,
+    LIMITS,
+    ROWS,
+    SERVED,
+    attending,
+    attention_for,
+    row_mask,
+    spans_of,
+)
 from switchkd.layers import few_rows
 from switchkd.models import cache_name, decoder_of, head_of
 
@@ -86,8 +95,11 @@ class CachedModel:
         self.model, self.decoder, self.head = model, decoder_of(model), head_of(model)
         self.config = config = model.config.get_text_config()
         self.attention = attention_for(model)
-        heads = config.num_attention_heads
-        shared = getattr(config, "num_key_value_heads", None) or heads
+        layer = getattr(config, "per_layer_config", [config])[0]  # Gemma 4 asks for it
+        heads = layer.num_attention_heads
+        shared = getattr(layer, "num_key_value_heads", None) or heads
+        self.spans = spans_of(config)  # a model whose layers differ takes a mask of each kind
+        self.by_kind = hasattr(config, "layer_types") and {*self.spans} != {"full_attention"}
         self.groups = heads // shared if self.attention == ROWS else 1
         self.cache_name = cache_name(self.decoder)
         self.cache = RowCache(config.num_hidden_layers, slots, capacity)
@@ -105,19 +117,21 @@ class CachedModel:
         prefix = batch if rows is None else None
         rows = torch.arange(batch, device=self.device) if rows is None else rows
         self.cache.aim(rows, positions, reach, prefix)
-        extra = {}
+        mask = said = None
         if self.attention == FLASH:
-            mask, extra["cache_seqlens"] = None, (lengths + count).int()
+            window = None if self.by_kind else next(iter(self.spans.values()))
+            said = (lengths + count).int(), window
         else:
-            mask = row_mask(positions, reach, self.groups, self.model.dtype)
-        with attending(self.config, self.attention), few_rows(self.device):
+            form = positions, reach, self.groups, self.model.dtype
+            mask = {kind: row_mask(*form, kind, span) for kind, span in self.spans.items()}
+            mask = mask if self.by_kind else next(iter(mask.values()))
+        with attending(self.config, self.attention, *said or ()), few_rows(self.device):
             out = self.decoder(
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
                 attention_mask=mask,
                 position_ids=positions.clamp(max=self.last_position),  # beyond it is padding
                 use_cache=True,
                 **{self.cache_name: self.cache},
-                **extra,
             )
         return out.last_hidden_state
 
@@ -138,12 +152,18 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, block: int) -> int:
     return -(-(longest_prompt + max_new_tokens + block) // 16) * 16
 
 
+@torch.no_grad()
 def position_bytes(model: nn.Module) -> int:
-    """Keys and values of one position, all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    """Keys and values of one position, all layers: what a pass over one token leaves in a cache.
+
+    Configurations do not tell: heads may be of two sizes, compressed, or shared between layers.
+    """
+    decoder = decoder_of(model)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    out = decoder(input_ids=token, use_cache=True)
+    layers = getattr(getattr(out, cache_name(decoder), None), "layers", ())
+    stores = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+    return sum(x.nbytes for x in stores if x is not None)
 
 
 class NotServed(ValueError):
@@ -153,16 +173,11 @@ class NotServed(ValueError):
 def check_architecture(model: nn.Module) -> None:
     """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
     config, name = model.config.get_text_config(), type(model).__name__
-    named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    kinds = set(named or ["full_attention"])  # the second name is GPT-Neo's
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", None) is False:
-        window = None  # Qwen2 names a window that it does not use
-    if kinds != {"full_attention"} or (window and not hasattr(config, "layer_types")):
-        what = ", ".join(sorted(kinds - {"full_attention"})) or f"a sliding window of {window}"
+    others = spans_of(config).keys() - LIMITS.keys()
+    if others:
         raise NotServed(
-            f"{name} has {what}, which the block decoder's cache does not serve: expected full "
-            "attention in every layer; the naive loop decodes it"
+            f"{name} has {', '.join(sorted(others))}, which the block decoder's cache does not "
+            f"serve: expected {', '.join(LIMITS)} in its layers; the naive loop decodes it"
         )
     if hasattr(config, "keep_window_size"):
         raise NotServed(
@@ -191,14 +206,20 @@ def check_architecture(model: nn.Module) -> None:
 
 
 def check_positions(model: nn.Module, length: int) -> None:
-    """Refuse rows so long that a model would turn all positions of a pass otherwise."""
-    config = model.config.get_text_config()
+    """Refuse rows so long that a model would treat all positions of a pass otherwise."""
+    config, name = model.config.get_text_config(), type(model).__name__
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     first = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
     if rope.get("rope_type") == "longrope" and first and length > first:
         raise NotServed(
-            f"{type(model).__name__}: got rows of {length} positions, expected at most {first}: "
+            f"{name}: got rows of {length} positions, expected at most {first}: "
             "beyond, LongRoPE turns every row of a batch by the longest; the naive loop decodes it"
+        )
+    cools = getattr(config, "attn_temperature_tuning", False) and config.floor_scale
+    if cools and length >= cools:
+        raise NotServed(
+            f"{name}: got rows of {length} positions, expected fewer than {cools}: from there on, "
+            "Llama 4 scales attention by the length of a batch; the naive loop decodes it"
         )

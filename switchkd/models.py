@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 EMBEDDED = "embedded"  # the small teacher that ships with the package
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
@@ -173,14 +174,8 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
-class _Hidden:
+class _Hidden(BaseModelOutput):
     """What a decoder may return, with nothing in it but hidden states."""
-
-    def __init__(self, states: Tensor):
-        self.last_hidden_state = states
-
-    def __getitem__(self, index):
-        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name):
         return None
@@ -195,7 +190,7 @@ def knows_head(model: nn.Module) -> bool:
     states = torch.randn(1, 2, head.weight.shape[1], generator=generator).to(head.weight)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=states.device)
     own = vars(decoder).get("forward")  # of a wrapper, if there is one
-    decoder.forward = lambda *_, **__: _Hidden(states)
+    decoder.forward = lambda *_, **__: _Hidden(last_hidden_state=states)
     try:
         # Not by a call of the model: hooks, which count or time its passes, are not concerned.
         logits = model.eval().forward(input_ids=tokens, use_cache=False).logits
@@ -248,6 +243,16 @@ def parse_layers(text: str, count: int) -> list[int]:
     return layers
 
 
+def keep_layers(config, keep: Sequence[int], count: int) -> None:
+    """Let a configuration of `count` layers tell of some of them alone."""
+    for key, value in list(vars(config).items()):  # layer_types, mlp_layer_types, no_rope_layers
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            setattr(config, key, [value[i] for i in keep])
+    for key in ("num_hidden_layers", "decoder_layers"):  # BART's num_hidden_layers: its encoder's
+        if hasattr(config, key):
+            setattr(config, key, len(keep))
+
+
 def cut_layers(model: nn.Module, text: str) -> nn.Module:
     """Keep only some decoder layers of `model`, in place: the student cut from a teacher.
 
@@ -259,16 +264,46 @@ def cut_layers(model: nn.Module, text: str) -> nn.Module:
         raise ValueError(f"student_layers: {type(decoder).__name__} has no list of layers to cut")
     layers = getattr(decoder, name)
     keep = parse_layers(text, len(layers))
+    keep_layers(config, keep, len(layers))
     kept = nn.ModuleList(layers[i] for i in keep)
     for index, layer in enumerate(kept):  # caches are addressed by layer_idx
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
+            if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = index
     setattr(decoder, name, kept)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in keep]
+    _check_cut(model, name, text)
     return model
+
+
+def _check_cut(model: nn.Module, name: str, text: str) -> None:
+    """Raise ValueError if the configuration would build other layers, as it will when the student
+    is loaded: where layers differ by their place (dense ones first, scales by depth)."""
+    try:
+        again = type(model.config).from_dict(model.config.to_dict())
+        with torch.device("meta"):
+            built = getattr(decoder_of(type(model)(again)), name)
+        have, made = (_traits(layers) for layers in (getattr(decoder_of(model), name), built))
+        wrong = next((k for k in {**made, **have} if made.get(k) != have.get(k)), None)
+        reason = wrong and f"{wrong} is {have.get(wrong)} and would be {made.get(wrong)}"
+    except Exception as error:  # whatever a configuration finds wrong with itself
+        reason = " ".join(str(error).split())
+    if reason:
+        raise ValueError(
+            f"student_layers: got {text} of {type(model).__name__}, expected layers that its "
+            f"configuration can tell of so few: {reason}"
+        )
+
+
+def _traits(layers: nn.ModuleList) -> dict[str, object]:
+    """What a layer computes with, as far as a name can tell: types, shapes, and plain numbers."""
+    found = {key: tuple(value.shape) for key, value in layers.state_dict().items()}
+    for path, module in layers.named_modules():
+        found[path] = type(module).__name__
+        for key, value in vars(module).items():
+            plain = value is None or isinstance(value, (int, float, str))
+            if plain and not key.startswith("_") and key != "training":
+                found[f"{path}.{key}"] = value
+    return found
 
 
 @dataclass(frozen=True)

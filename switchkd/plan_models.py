@@ -15,7 +15,13 @@ from switchkd import adapters
 from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
 from switchkd.loading import peft_config, student_place, teacher_place
-from switchkd.models import checkpoint_activations, cut_layers, disable_dropout, load_config
+from switchkd.models import (
+    checkpoint_activations,
+    cut_layers,
+    disable_dropout,
+    keep_layers,
+    load_config,
+)
 from switchkd.rollout import check_lengths
 
 
@@ -112,9 +118,8 @@ def _dtype(name: str, config, gguf_file: str | None) -> torch.dtype:
 
 def _cut(config, layers: int):
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    text = config.get_text_config()
+    keep_layers(text, range(layers), text.num_hidden_layers)
     return config
 
 

@@ -19,8 +19,11 @@ if DEVICE == "cpu":  # read when the kernels are defined: they run in Triton's i
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -64,12 +67,21 @@ def _config(name: str, vocab_size: int, **changes):
         return GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=128, **ids)
     if name == "opt":
         return OPTConfig(**_DEEP, ffn_dim=48, word_embed_proj_dim=16, **ids)
+    if name == "bloom":
+        return BloomConfig(n_layer=2, n_head=4, hidden_size=32, **ids)
+    if name == "mistral":
+        return MistralConfig(**{**_GATED, "sliding_window": 5, **changes}, **ids)
+    if name == "gemma3":
+        kinds = ["sliding_attention", "full_attention"]
+        own = dict(head_dim=8, sliding_window=5, layer_types=kinds)
+        return Gemma3TextConfig(**{**_GATED, **own, **changes}, **ids)
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[name]
     extra = {"head_dim": 8} if name == "qwen3" else {}
     return kind(**{**_GATED, **changes}, **extra, **ids)
 
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
+WINDOWED = ("mistral", "gemma3")  # all layers, and one of two
 
 
 def tiny_model(name="llama", *, seed=0, vocab_size=VOCAB, dtype=torch.float64, spread=15.0, **kw):

@@ -2,26 +2,27 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, tiny_model
+from conftest import ARCHITECTURES, VOCAB, WINDOWED, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     DogeConfig,
+    Llama4TextConfig,
     OpenAIGPTConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
 )
 
 from switchkd import attention
-from switchkd.cache import CachedModel
+from switchkd.cache import CachedModel, NotServed
 from switchkd.decoder import rollout
 from switchkd.rollout import rollout_naive
 
 
-def test_sliding_windows_are_refused():
-    windowed = tiny_model("qwen2")
-    windowed.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding_attention.*naive loop"):
-        CachedModel(windowed, 1, 8)
+def test_layers_and_attention_that_a_cache_cannot_serve_are_refused():
+    hybrid = tiny_model("qwen2")
+    hybrid.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="linear_attention.*naive loop"):
+        CachedModel(hybrid, 1, 8)
     other = tiny_model()
     other.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="flex_attention"):
@@ -40,7 +41,7 @@ ROLL = dict(max_new_tokens=3, eos_token_ids=[1], pad_token_id=0)
         (OpenAIGPTConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4),
          "got an output without", "takes no cache"),
         (RecurrentGemmaConfig(**{**HEADS, "num_hidden_layers": 3}, lru_width=32),
-         "got an output without", "sliding_attention"),
+         "got an output without", "linear_attention"),
         (DogeConfig(**HEADS, pad_token_id=0), None, "keep_window_size.*naive loop decodes it"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -57,7 +58,7 @@ def test_models_that_cannot_be_decoded_are_refused(config, naive, block):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
 def test_cache_agrees_with_a_full_forward_pass(name, attention):
     """Unequal lengths, rows out of order, blocks of several sizes, a rollback and what follows."""
     model = tiny_model(name)
@@ -78,7 +79,7 @@ def test_cache_agrees_with_a_full_forward_pass(name, attention):
         lengths += count - back
 
 
-def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, softcap):
+def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, window_size, softcap):
     """What `flash_attn_with_kvcache` computes: queries (b, q, Hq, d) end at cache_seqlens."""
     assert causal and not softcap and k_cache.stride(-1) == 1
     where = torch.arange(k_cache.shape[1])
@@ -86,10 +87,12 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, sof
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k_cache, v_cache))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
     scores.masked_fill_(where > last[:, None, :, None], float("-inf"))
+    if window_size != (-1, -1):
+        scores.masked_fill_(where < last[:, None, :, None] - window_size[0], float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
 def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
     widths = []
 
@@ -101,6 +104,25 @@ def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
     monkeypatch.setattr("switchkd.cache.attention_for", lambda model: attention.FLASH)
     test_cache_agrees_with_a_full_forward_pass(name, "sdpa")
     assert widths == [n for n in (9, 1, 3, 4, 1) for _ in range(2)]  # each pass, both layers
+
+
+def test_what_attention_is_not_given_is_refused():
+    model = tiny_model()
+    for name in (attention.ROWS, attention.FLASH):
+        function = attention.AttentionInterface()[name]
+        with pytest.raises(ValueError, match="LlamaForCausalLM: got s_aux in attention"):
+            function(model, None, None, None, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="got softcap in attention.*eager"):
+        attention.AttentionInterface()[attention.ROWS](model, None, None, None, None, softcap=30.0)
+
+
+def test_attention_that_cools_with_the_length_of_a_batch_is_refused():
+    sizes = dict(num_key_value_heads=2, num_local_experts=2, attention_chunk_size=8, floor_scale=16)
+    config = Llama4TextConfig(**HEADS, **sizes, intermediate_size_mlp=48, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert rollout(None, model, [[5, 6], [7]], **ROLL).tokens.shape == (2, 3)
+    with pytest.raises(NotServed, match="got rows of 17 positions, expected fewer than 16"):
+        rollout(None, model, [[5] * 14, [7]], **ROLL)
 
 
 def test_attention_of_the_model_is_left_as_it_was():
