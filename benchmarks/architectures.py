@@ -10,7 +10,8 @@ logprob      the most by which a recorded log-probability differs from that of a
              text, each row by itself, without a cache
 loss         relative error of the skew reverse KL, against that of the logits of such passes
 gradient     the same of its gradient, of the norm
-dtype        float64, or float32 where the architecture has none
+dtype        float64, or float32 where the architecture has none, or no gradient in it (eager
+             attention with a window: where all is masked, its softmax in float32 is NaN)
 
 In float64 a model may compute parts in float32 (norms, rotations, scans).
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import signal
 import sys
 import warnings
@@ -70,6 +72,7 @@ _SIZES = {
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 IDS = dict(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+IDS |= dict(tie_word_embeddings=False)  # a head of its own: else each token would say itself again
 SIZES |= IDS
 # What else to try, in this order: keys of all heads (multi-head latent attention), layers of two
 # kinds as Qwen3-Next, Kimi Linear, Bamba and Jamba name them, Falcon without ALiBi, a BOS token;
@@ -103,7 +106,7 @@ def shrunk(config_type: type, changes: dict) -> PreTrainedConfig:
     mixed = {"layer_types": sorted(kinds)} if len(kinds) == 2 and kinds <= LIMITS.keys() else {}
     if mixed and hasattr(known, "num_kv_shared_layers"):  # Gemma 4
         mixed = dict(layer_types=sorted(kinds) * 2, num_hidden_layers=4, num_kv_shared_layers=2)
-    sizes = SIZES | mixed | changes if not parts else IDS
+    sizes = SIZES | mixed | changes if known.get_text_config() is known else IDS
     left = {name for name, size in changes.items() if size is None}
     sizes = {name: x for name, x in sizes.items() if hasattr(known, name) and name not in left}
     return config_type(**sizes, **{name: shrunk(type(x), changes) for name, x in parts.items()})
@@ -169,6 +172,8 @@ def distil(teacher: nn.Module, student: nn.Module) -> dict:
     row["loss"] = (loss - wanted).abs().item() / wanted.item()
     learnt, right = (gradient(value, student) for value in (loss, wanted))
     row["gradient"] = (learnt - right).norm().item() / right.norm().item()
+    if math.isnan(row["gradient"]):
+        raise ValueError("got no gradient")
     return row
 
 

@@ -332,8 +332,8 @@ def rollout(
     draft.
     The other arguments, and errors, as in `rollout_naive`, though a draft whose logits are invalid
     is an error even where it would not have been written; on_step(tokens, prompts that are not
-    finished) is called after every round. Raises ValueError for architectures with sliding windows,
-    and where not one row fits into memory.
+    finished) is called after every round. Raises ValueError for layers that are no
+    attention, and where not one row fits into memory.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
     check_models(teacher, policy, sampling)

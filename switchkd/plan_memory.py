@@ -147,12 +147,17 @@ class Memory:
         models = {"teacher": self.pair.teacher, "student": self.pair.decoding}
         return {role: model for role, model in models.items() if model is not None}
 
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Keys and values of one position, by each model."""
+        return {role: position_bytes(model) for role, model in self.decoders.items()}
+
     def caches(self, slots: int) -> dict[str, int]:
         config = self.config
         given = config.max_prompt_length, config.max_new_tokens, max(self.blocks)
         return {
-            f"{role}'s cache": slots * capacity_for(*given) * position_bytes(model)
-            for role, model in self.decoders.items()
+            f"{role}'s cache": slots * capacity_for(*given) * size
+            for role, size in self.position.items()
         }
 
     @property

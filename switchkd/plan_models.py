@@ -70,6 +70,7 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
             to_fake(model)
     for model in (student, teacher):
         if model is not None:
+            _check_experts(model)
             longest = max(config.max_new_tokens, script.max_response_length or 0)
             check_lengths(model, [[0] * config.max_prompt_length], longest)
 
@@ -81,6 +82,15 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
         return _student(whole, config, _cut(mine, layers), kind, trained=role == "student")
 
     return Pair(mode, student, decoding, teacher, shared, small, notes)
+
+
+def _check_experts(model: nn.Module) -> None:
+    grouped = getattr(model.config.get_text_config(), "_experts_implementation", "") == "grouped_mm"
+    if grouped and any(p.dim() == 3 and p.dtype != torch.bfloat16 for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__}: got experts in {model.dtype}, expected torch.bfloat16: in no "
+            "other type can the shapes of their products be told without making them"
+        )
 
 
 def to_fake(model: nn.Module) -> None:

@@ -37,8 +37,15 @@ def layers_of(model: nn.Module) -> int:
 
 
 def fits(memory: Memory, role: str, free: int) -> bool:
-    """Whether there is room for two layers of a model and their gradients."""
+    """Whether a model can be made of one and two of its layers, and there is room for two and
+    their gradients."""
     model = memory.pair.student if role == "student" else memory.decoders[role]
+    try:
+        with torch.device("meta"):
+            for layers in (1, 2):
+                memory.pair.small(role, layers)
+    except Exception:  # whatever a configuration finds wrong with so few layers
+        return False
     small = weight_bytes(model) - (layers_of(model) - 2) * weight_bytes(layers_in(model)[0])
     return 3 * small < free
 

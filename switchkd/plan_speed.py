@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from switchkd import plan_probe
-from switchkd.cache import position_bytes
 from switchkd.devices import find_device
 from switchkd.doctor import copy_bandwidth, median_seconds
 from switchkd.engine import free_bytes
@@ -118,7 +117,7 @@ def _probed(memory: Memory, role: str, device: Device) -> Passes | None:
 def _reckoned(memory: Memory, role: str, device: Device) -> Passes:
     model, slots = memory.decoders[role], memory.asked.slots
     reach = memory.config.max_prompt_length + memory.config.max_new_tokens / 2
-    cached = slots * reach * position_bytes(model) / device.bandwidth
+    cached = slots * reach * memory.position[role] / device.bandwidth
     with memory.pair.mode:
         one, block = (
             cached + device.seconds(decoding_pass(model, slots, k, logits=True).ops)

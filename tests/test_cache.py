@@ -5,7 +5,9 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, WINDOWED, tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     DogeConfig,
+    GPTBigCodeConfig,
     Llama4TextConfig,
     OpenAIGPTConfig,
     RecurrentGemmaConfig,
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from switchkd import attention
-from switchkd.cache import CachedModel, NotServed
+from switchkd.cache import CachedModel, NotServed, position_bytes
 from switchkd.decoder import rollout
 from switchkd.rollout import rollout_naive
 
@@ -123,6 +125,22 @@ def test_attention_that_cools_with_the_length_of_a_batch_is_refused():
     assert rollout(None, model, [[5, 6], [7]], **ROLL).tokens.shape == (2, 3)
     with pytest.raises(NotServed, match="got rows of 17 positions, expected fewer than 16"):
         rollout(None, model, [[5] * 14, [7]], **ROLL)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2", "gemma3", "gpt_bigcode", "deepseek"])
+def test_the_memory_of_a_position_is_what_a_cache_takes(name):
+    """Fewer heads, one for all of them, compressed ones of other widths than the configuration's"""
+    if name == "gpt_bigcode":
+        config = GPTBigCodeConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    elif name == "deepseek":
+        ranks = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=12)
+        config = DeepseekV3Config(**HEADS, **ranks, v_head_dim=8, first_k_dense_replace=2)
+    model = tiny_model(name) if name in ARCHITECTURES + WINDOWED else None
+    model = model or AutoModelForCausalLM.from_config(config).eval()
+    cached = CachedModel(model, slots=3, capacity=16)
+    cached.feed(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 2)
+    stores = [x for layer in cached.cache.layers for x in (layer.keys, layer.values)]
+    assert position_bytes(model) * 3 * 16 == sum(x.nbytes for x in stores)
 
 
 def test_attention_of_the_model_is_left_as_it_was():

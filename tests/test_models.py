@@ -188,6 +188,25 @@ def test_the_loss_is_that_of_the_models_own_logits(name):
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 
+def test_the_text_of_a_model_that_sees_is_distilled():
+    """Gemma 3 from 4B on: its decoder's output is unpacked by name."""
+    text = tiny_model("gemma3").config.to_dict()
+    sight = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sight |= dict(image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=sight)
+    torch.manual_seed(0)
+    seeing = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    check_head(seeing, "teacher")
+    options = dict(max_new_tokens=8, eos_token_ids=[EOS], pad_token_id=PAD, vocab_size=VOCAB)
+    student, prompts = tiny_model("gemma3", seed=1), [[3, 4, 5, 6, 7, 8], [9]]
+    block, naive = (f(seeing, student, prompts, **options) for f in (rollout, rollout_naive))
+    assert torch.equal(block.tokens, naive.tokens)
+    assert torch.equal(block.from_teacher, naive.from_teacher)
+    batch = collate(prompts, block.completions(), pad=PAD)
+    given = dict(vocab_size=VOCAB, kind="skew_reverse_kl", alpha=0.1)
+    assert distillation_loss(seeing, student, student, batch, **given) > 0
+
+
 def test_encoder_decoders_are_refused():
     config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=48, num_layers=1, num_heads=4)
     with pytest.raises(ValueError, match="teacher: got T5ForConditionalGeneration, an encoder-"):
