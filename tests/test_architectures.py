@@ -17,10 +17,10 @@ def table(tmp_path, *names):
 
 def test_what_is_served_and_what_is_not(tmp_path):
     rows = table(
-        tmp_path, "gpt2", "gpt_bigcode", "cohere", "gemma2", "llama4_text", "bloom", "bert"
+        tmp_path, "gpt2", "gpt_bigcode", "cohere", "gemma3", "llama4_text", "bloom", "bert"
     )
     served = [name for name, row in rows.items() if row["decoder"] == "block"]
-    assert served == ["cohere", "gemma2", "gpt2", "gpt_bigcode", "llama4_text"]
+    assert served == ["cohere", "gemma3", "gpt2", "gpt_bigcode", "llama4_text"]
     assert all(rows[name]["equal"] == "True" for name in served)
     assert rows["bloom"]["decoder"] == "naive" and "ALiBi" in rows["bloom"]["why"]
     assert rows["bert"]["decoder"] == "" and "output without cache" in rows["bert"]["why"]
