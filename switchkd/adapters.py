@@ -50,8 +50,8 @@ def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
     """`model` with an adapter to train, drawn from `seed`: the same in each process.
 
     Raises ValueError for an adapter on the output head: the loss multiplies by its weights; for one
-    that is no part of the layers; and for a model that has one already, in whose place peft would
-    put the new one.
+    that is no part of the layers, or puts one layer in several places; and for a model that has one
+    already, in whose place peft would put the new one.
     """
     if getattr(model, "peft_config", None):
         raise ValueError(
@@ -63,8 +63,24 @@ def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
             f"peft_config: got {type(peft_config).__name__}, expected an adapter in the layers "
             "(LoRA): decoder and loss work below what it puts before the text"
         )
+    refused = {
+        "alora_invocation_tokens": "decoder and loss work below what switches it on",
+        "layer_replication": "copies of a layer share its place in a cache",
+    }
+    for name, reason in refused.items():
+        value = getattr(peft_config, name, None)
+        if value is not None:
+            raise ValueError(f"peft_config: got {name} {value}, expected none: {reason}")
     set_seed(seed)
-    model = _peft().get_peft_model(model, peft_config)
+    try:
+        model = _peft().get_peft_model(model, peft_config)
+    except ValueError as error:
+        if getattr(peft_config, "target_modules", "") is not None:
+            raise
+        raise ValueError(
+            f"lora_target_modules: got none, and peft knows none for {model.config.model_type!r}; "
+            "expected all-linear or names of modules"
+        ) from error
     head = model.get_output_embeddings()
     if isinstance(head, _peft().tuners.tuners_utils.BaseTunerLayer):
         raise ValueError(

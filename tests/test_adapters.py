@@ -8,6 +8,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from test_trainer import ROWS, make
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from switchkd import adapters, evaluate
 from switchkd.config import SwitchConfig
@@ -86,6 +87,13 @@ def test_what_cannot_be_a_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got the output head, expected layers below"):
         adapters.add(tiny_model(), lora(target_modules=["lm_head"]), seed=0)
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for refused in (dict(alora_invocation_tokens=[5]), dict(layer_replication=[[0, 2], [1, 2]])):
+        with pytest.raises(ValueError, match=f"peft_config: got {next(iter(refused))} .* expected"):
+            adapters.add(tiny_model(), lora(**refused), seed=0)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    unknown = DiffLlamaForCausalLM(DiffLlamaConfig(vocab_size=8, num_key_value_heads=2, **sizes))
+    with pytest.raises(ValueError, match="peft knows none for 'diffllama'; expected all-linear"):
+        adapters.add(unknown, lora(target_modules=None), seed=0)
     with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig, expected"):
         make(tmp_path, peft_config=prompt)
     with pytest.raises(ValueError, match="use_peft: got a model that has an adapter already"):
