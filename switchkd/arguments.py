@@ -39,6 +39,9 @@ class ScriptArguments:
     model_revision: str = option("Revision of the student on the Hub.", "main")
     gguf_file: str | None = option("Read the student from this GGUF file in its folder.")
     student_layers: str | None = option("Keep only these layers of the student, e.g. 0-11,18-29.")
+    student_quantization: str | None = option(
+        "The student's base in fewer bits, under its adapter (QLoRA): as teacher_quantization."
+    )
     dtype: str = option("Type of the student's weights: float32, bfloat16, auto.", "float32")
     attn_implementation: str | None = option("Attention of both models: sdpa, eager, ...")
     trust_remote_code: bool = option("Allow code from the Hub for both models.", False)
@@ -80,6 +83,10 @@ class ScriptArguments:
             idle = one.name.startswith("lora_") and not self.use_peft
             same = getattr(self, one.name) == one.default
             need(one.name, same or not idle, "use_peft true with it")
+        if self.student_quantization is not None:
+            need("use_peft", self.use_peft, "true with student_quantization: adapters are trained")
+            for name in ("student_layers", "gguf_file"):
+                need(name, getattr(self, name) is None, "none with student_quantization")
         for name in ("lora_r", "eval_size", "max_train_rows", "max_response_length"):
             value = getattr(self, name)
             need(name, value is None or value >= 1, "an integer >= 1")

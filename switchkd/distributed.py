@@ -101,6 +101,12 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None =
     return twin
 
 
+def quantized(model: nn.Module) -> bool:
+    """Whether its weights are in fewer bits: they are more than their numbers, and have a type of
+    their own to compute in, so nothing here copies or casts them."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 def hold(layer: nn.Module, states: Tensor) -> None:
     """Keep the weights of `layer` whole while a loss uses them outside its forward pass.
 
@@ -209,15 +215,17 @@ class ShardedTrainer(Trainer):
                     "fsdp_activation_checkpointing: got true with an adapter, which peft would not "
                     "find in the wrapped layers when it saves; expected --gradient_checkpointing"
                 )
+            if quantized(student):
+                raise ValueError("got a quantised student with FSDP, expected one of the two")
             dtype = args.decoding_dtype() or next(student.parameters()).dtype
             self._decoding_copy = decoding_copy(student, dtype).to(device)
         if teacher is None:
             return None
         teacher.eval().requires_grad_(False)
-        if args.shard_teacher and getattr(teacher, "hf_quantizer", None) is not None:
+        if args.shard_teacher and quantized(teacher):
             raise ValueError(
-                "shard_teacher: got a quantised teacher, whose weights are more than their "
-                "numbers; expected one of the two, and a quantised teacher is the smaller one"
+                "shard_teacher: got a quantised teacher, expected one of the two; a quantised "
+                "teacher is the smaller one"
             )
         if args.shard_teacher and args.world_size > 1:
             head = list(teacher.get_output_embeddings().parameters())
@@ -244,7 +252,7 @@ class ShardedTrainer(Trainer):
         if self.is_fsdp_enabled:
             return self._decoding_copy  # refreshed by `whole_weights`, on all ranks at once
         student, dtype = self.accelerator.unwrap_model(self.model), self.args.decoding_dtype()
-        if dtype is None or dtype == next(student.parameters()).dtype:
+        if dtype is None or dtype == next(student.parameters()).dtype or quantized(student):
             return student
         self._decoding_copy = decoding_copy(student, dtype, self._decoding_copy)
         return self._decoding_copy

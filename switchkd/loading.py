@@ -25,6 +25,8 @@ from switchkd.models import (
 from switchkd.quantization import quantization_config
 from switchkd.rollout import check_lengths
 
+QUANTIZED = ("student_quantization", "teacher_quantization")
+
 
 def student_place(script: ScriptArguments) -> dict:
     """Where the student is, for the functions of `switchkd.models` that load something."""
@@ -73,8 +75,8 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
     response = max(config.max_new_tokens, script.max_response_length or 0)
     for model in (student, *([] if teacher is None else [load_config(**teacher)])):
         check_lengths(model, [[0] * config.max_prompt_length], response)
-    if script.teacher_quantization is not None:
-        quantization_config(script.teacher_quantization)
+    for name in QUANTIZED:
+        _quantized(script, config, name)
     peft_config(script)
     checks.check_machine(config)
     if config.use_liger_kernel and not is_liger_kernel_available():
@@ -136,20 +138,30 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
     return train, valid
 
 
+def _quantized(script: ScriptArguments, config: SwitchConfig, name: str) -> dict:
+    """Options of loading for weights in fewer bits; they cannot be moved later."""
+    text = getattr(script, name)
+    if text is None:
+        return {}
+    device_map = {"": config.device}
+    return {"quantization_config": quantization_config(text, name), "device_map": device_map}
+
+
 def load_models(script: ScriptArguments, config: SwitchConfig) -> tuple:
     """(student, teacher); None for a teacher that is not needed or the student's base."""
     options = {}
     if script.attn_implementation is not None:
         options["attn_implementation"] = script.attn_implementation
-    student = load_model(**student_place(script), dtype=script.dtype, **options)
+    fewer_bits, dtype = _quantized(script, config, "student_quantization"), script.dtype
+    if fewer_bits and (config.bf16 or config.fp16):  # what a base computes in; adapters keep theirs
+        dtype = "bfloat16" if config.bf16 else "float16"
+    student = load_model(**student_place(script), dtype=dtype, **options, **fewer_bits)
     if script.student_layers is not None:
         cut_layers(student, script.student_layers)
     place = teacher_place(script, config)
     if place is None:
         return student, None
-    if script.teacher_quantization is not None:
-        options["quantization_config"] = quantization_config(script.teacher_quantization)
-        options["device_map"] = {"": config.device}  # such weights cannot be moved later
+    options |= _quantized(script, config, "teacher_quantization")
     return student, load_model(**place, dtype=script.teacher_dtype, **options)
 
 

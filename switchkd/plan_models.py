@@ -49,8 +49,9 @@ def build(script: ScriptArguments, config: SwitchConfig) -> Pair:
     mine = _config(student_place(script), "student", notes)
     place, shared = teacher_place(script, config), config.teacher_is_base
     theirs = None if place is None or shared else _config(place, "teacher", notes)
-    if script.teacher_quantization is not None:
-        notes.append("the quantised teacher is counted as if it were not")
+    for role in ("teacher", "student"):
+        if getattr(script, f"{role}_quantization") is not None:
+            notes.append(f"the quantised {role} is counted as if it were not")
     dtype = _dtype(script.dtype, mine, script.gguf_file)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):  # adapters cannot be added to fake tensors

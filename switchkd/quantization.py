@@ -1,4 +1,4 @@
-"""A teacher in fewer bits, by the backends that transformers loads: names and JSON to configs."""
+"""Weights in fewer bits, by the backends that transformers loads: names and JSON to configs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMED = {
 }
 
 
-def quantization_config(text: str):
+def quantization_config(text: str, option: str = "teacher_quantization"):
     """The config of a name in `NAMED`, or of a JSON object as transformers writes it.
 
     Raises ValueError for another name, for JSON without a known quant_method, and where the
@@ -39,23 +39,21 @@ def quantization_config(text: str):
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"teacher_quantization: not valid JSON ({error})") from None
+            raise ValueError(f"{option}: not valid JSON ({error})") from None
         method = values.get("quant_method")
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
-            raise ValueError(
-                f"teacher_quantization: got quant_method {method!r}, expected one of {known}"
-            )
+            raise ValueError(f"{option}: got quant_method {method!r}, expected one of {known}")
 
         def make():
             return AutoQuantizationConfig.from_dict(values)
     else:
         raise ValueError(
-            f"teacher_quantization: got {text!r}, expected one of {', '.join(NAMED)}, or a JSON "
+            f"{option}: got {text!r}, expected one of {', '.join(NAMED)}, or a JSON "
             'object with "quant_method"'
         )
     try:
         return make()
     except (ImportError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"teacher_quantization {text}: {reason}") from error
+        raise ValueError(f"{option} {text}: {reason}") from error

@@ -1,4 +1,4 @@
-"""A quantised teacher, by whichever backend is installed; what cannot work is refused."""
+"""A quantised teacher or student, by whichever backend is installed; refusals."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
+from safetensors.torch import load_file
 from test_trainer import make
 
 from switchkd import models
@@ -17,6 +18,7 @@ from switchkd.decoder import rollout
 from switchkd.loading import load_models
 from switchkd.policies import Switch
 from switchkd.quantization import NAMED, quantization_config
+from switchkd.train import main
 
 # Backend and the largest mean KL, nats, from the teacher as it was: int8 and 4 bits.
 BACKENDS = {
@@ -31,6 +33,7 @@ BACKENDS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
     wide = dict(hidden_size=128, intermediate_size=128)  # 4-bit kernels want blocks of 64
+    wide |= dict(max_position_embeddings=512)
     for name, seed in (("teacher", 1), ("student", 2)):
         model = tiny_model(vocab_size=258, seed=seed, dtype=torch.float32, spread=3.0, **wide)
         model.save_pretrained(folder / name)
@@ -72,6 +75,43 @@ def test_a_quantised_teacher_decodes_and_teaches_nearly_as_before(folder, name, 
     before = trainer.evaluate()["eval_kl"]
     trainer.train()
     assert trainer.evaluate()["eval_kl"] != before
+
+
+@pytest.mark.parametrize("name", ["quanto-int8", "4bit"])
+@pytest.mark.parametrize("bf16", ["true", "false"])
+@pytest.mark.parametrize("teacher", ["own", "base"])
+def test_a_quantised_student_learns_by_its_adapter(folder, name, bf16, teacher, tmp_path):
+    pytest.importorskip(BACKENDS[name][0])
+    pytest.importorskip("peft")
+    rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    options = dict(
+        model_name_or_path=folder / "student", student_quantization=name, bf16=bf16, use_peft=True,
+        lora_target_modules="all-linear", dataset_name=tmp_path / "rows.jsonl", output_dir=run,
+        max_prompt_length=200, max_new_tokens=6, lmbda=1.0, max_steps=2, eval_size=2, use_cpu=True,
+        per_device_train_batch_size=2, learning_rate=0.05, report_to="none",
+    )  # fmt: skip
+    own = dict(teacher_model_name_or_path=folder / "teacher")
+    options |= own if teacher == "own" else dict(teacher_is_base=True)
+    assert main([x for key, value in options.items() for x in (f"--{key}", str(value))]) == 0
+    weights = load_file(run / "adapter_model.safetensors")
+    moved = [x for key, x in weights.items() if "lora_B" in key]
+    assert moved and all(x.dtype == torch.float32 for x in moved)
+    # Zero at first, and so is the gradient where the teacher is what the student is.
+    assert teacher == "base" or any(x.any() for x in moved)
+    summary = json.loads((run / "summary.json").read_text())
+    kl = [summary[when]["kl"] for when in ("before", "after")]
+    assert all(x == x for x in kl) and (teacher == "own" or abs(kl[0]) < 1e-6)
+
+
+def test_a_quantised_student_needs_an_adapter(tmp_path):
+    with pytest.raises(ValueError, match="use_peft: got False, expected true with student_quant"):
+        ScriptArguments(student_quantization="4bit")
+    with pytest.raises(ValueError, match="student_layers: got '0', expected none with student_q"):
+        ScriptArguments(student_quantization="4bit", use_peft=True, student_layers="0")
+    with pytest.raises(ValueError, match="student_quantization: got '3bit', expected one of"):
+        quantization_config("3bit", "student_quantization")
 
 
 def test_the_config_reaches_the_loader(folder, monkeypatch):
