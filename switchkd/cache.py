@@ -99,7 +99,8 @@ class CachedModel:
         heads = layer.num_attention_heads
         shared = getattr(layer, "num_key_value_heads", None) or heads
         self.spans = spans_of(config)  # a model whose layers differ takes a mask of each kind
-        self.by_kind = hasattr(config, "layer_types") and {*self.spans} != {"full_attention"}
+        kinds = getattr(config, "layer_types", None)
+        self.by_kind = bool(kinds) and {*kinds} != {"full_attention"}
         self.groups = heads // shared if self.attention == ROWS else 1
         self.cache_name = cache_name(self.decoder)
         self.cache = RowCache(config.num_hidden_layers, slots, capacity)
@@ -117,7 +118,7 @@ class CachedModel:
         prefix = batch if rows is None else None
         rows = torch.arange(batch, device=self.device) if rows is None else rows
         self.cache.aim(rows, positions, reach, prefix)
-        mask = said = None
+        mask, said = None, ()
         if self.attention == FLASH:
             window = None if self.by_kind else next(iter(self.spans.values()))
             said = (lengths + count).int(), window
@@ -125,7 +126,7 @@ class CachedModel:
             form = positions, reach, self.groups, self.model.dtype
             mask = {kind: row_mask(*form, kind, span) for kind, span in self.spans.items()}
             mask = mask if self.by_kind else next(iter(mask.values()))
-        with attending(self.config, self.attention, *said or ()), few_rows(self.device):
+        with attending(self.config, self.attention, *said), few_rows(self.device):
             out = self.decoder(
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
                 attention_mask=mask,

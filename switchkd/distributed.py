@@ -216,7 +216,7 @@ class ShardedTrainer(Trainer):
                     "find in the wrapped layers when it saves; expected --gradient_checkpointing"
                 )
             if quantized(student):
-                raise ValueError("got a quantised student with FSDP, expected one of the two")
+                raise ValueError("student: got quantised weights with FSDP, expected one of them")
             dtype = args.decoding_dtype() or next(student.parameters()).dtype
             self._decoding_copy = decoding_copy(student, dtype).to(device)
         if teacher is None:
