@@ -181,7 +181,7 @@ def generate(
     """
     if not rows:
         return []
-    prompts, waiting = [row.prompt_ids for row in rows], len(rows)
+    prompts = [row.prompt_ids for row in rows]
     options = dict(
         batch_size=batch_size,
         sequence_ids=[row.id for row in rows],
@@ -191,12 +191,6 @@ def generate(
         pad_token_id=vocabulary.pad_token_id,
         vocab_size=vocabulary.size,
     )
-
-    def of_all(step: int, running: int) -> None:  # of the batch, says the naive loop
-        nonlocal waiting
-        waiting -= min(batch_size, waiting) if step == 0 else 0
-        if on_step is not None:
-            on_step(step, waiting + (running if step + 1 < max_new_tokens else 0))
 
     engine = engine or engine_for(model)
     # The model, or its copy for decoding, has the type that it is to write in.
@@ -210,7 +204,7 @@ def generate(
                 log.warning("sampling without the block decoder's cache: %s", error)
                 engine = None
         if engine is None:
-            rollout = rollout_in_batches(None, model, prompts, on_step=of_all, **options)
+            rollout = rollout_in_batches(None, model, prompts, on_step=on_step, **options)
     completions = rollout.completions()
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions]
 

@@ -337,17 +337,26 @@ def rollout_in_batches(
     batch_size: int,
     sequence_ids: Sequence[int],
     pad_token_id: int,
+    max_new_tokens: int,
+    on_step: Callable[[int, int], None] | None = None,
     **options,
 ) -> Rollout:
     """`rollout_naive` over any number of prompts, those of like length together; in their order.
 
-    The row in an InvalidLogits error is that of `prompts`.
+    The row in an InvalidLogits error is that of `prompts`; on_step(t, prompts that are not
+    finished) counts them all.
     """
     given = [model for model in (teacher, student) if model is not None]
     equal = len(set(map(len, prompts))) > 1 and any(map(padding_matters, given))
-    parts, order = [], []
+    parts, order, waiting = [], [], len(prompts)
+
+    def step(t: int, running: int) -> None:
+        if on_step is not None:
+            on_step(t, waiting + (running if t + 1 < max_new_tokens else 0))
+
     for part in batches([len(p) for p in prompts], batch_size, equal):
         order += part
+        waiting -= len(part)
         try:
             rollout = rollout_naive(
                 teacher,
@@ -356,6 +365,8 @@ def rollout_in_batches(
                 policy,
                 sequence_ids=[sequence_ids[i] for i in part],
                 pad_token_id=pad_token_id,
+                max_new_tokens=max_new_tokens,
+                on_step=step,
                 **options,
             )
         except InvalidLogits as error:
