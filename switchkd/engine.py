@@ -55,7 +55,7 @@ class Engine:
         self.room = 0, 0  # rows and positions to begin with, if later rollouts will need them
         self.asked = self.slots = self.capacity = 0
         self.kind = None  # of what the caches hold
-        self.position: dict[str, int] = {}  # bytes of one position in each
+        self.position_bytes: dict[str, int] = {}  # of keys and values in each
         self.models: dict[str, CachedModel] = {}
         self.graphs = Graphs(self.device, student.dtype)
         self.stream, self.spans = None, []
@@ -72,7 +72,9 @@ class Engine:
             self.stream = torch.cuda.current_stream(self.device)
         kind = [(model.dtype, torch.is_inference_mode_enabled()) for model in self.given.values()]
         if kind != self.kind:
-            self.position = {role: position_bytes(model) for role, model in self.given.items()}
+            self.position_bytes = {
+                role: position_bytes(model) for role, model in self.given.items()
+            }
         if rows > self.asked or capacity > self.capacity or kind != self.kind:
             asked = max(rows, self.asked, self.room[0])
             capacity = max(capacity, self.capacity, self.room[1])
@@ -86,7 +88,7 @@ class Engine:
 
     def fitting(self, rows: int, capacity: int) -> int:
         """How many rows fit into the memory that is free; says so if they are fewer."""
-        each = {role: capacity * size for role, size in self.position.items()}
+        each = {role: capacity * size for role, size in self.position_bytes.items()}
         needed, free = sum(each.values()), free_bytes(self.device)
         fit = int(MARGIN * free / needed)
         numbers = (

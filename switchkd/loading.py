@@ -25,8 +25,6 @@ from switchkd.models import (
 from switchkd.quantization import quantization_config
 from switchkd.rollout import check_lengths
 
-QUANTIZED = ("student_quantization", "teacher_quantization")
-
 
 def student_place(script: ScriptArguments) -> dict:
     """Where the student is, for the functions of `switchkd.models` that load something."""
@@ -75,7 +73,7 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
     response = max(config.max_new_tokens, script.max_response_length or 0)
     for model in (student, *([] if teacher is None else [load_config(**teacher)])):
         check_lengths(model, [[0] * config.max_prompt_length], response)
-    for name in QUANTIZED:
+    for name in ("student_quantization", "teacher_quantization"):
         _quantized(script, config, name)
     peft_config(script)
     checks.check_machine(config)

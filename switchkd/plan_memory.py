@@ -148,7 +148,7 @@ class Memory:
         return {role: model for role, model in models.items() if model is not None}
 
     @cached_property
-    def position(self) -> dict[str, int]:
+    def position_bytes(self) -> dict[str, int]:
         """Keys and values of one position, by each model."""
         return {role: position_bytes(model) for role, model in self.decoders.items()}
 
@@ -157,7 +157,7 @@ class Memory:
         given = config.max_prompt_length, config.max_new_tokens, max(self.blocks)
         return {
             f"{role}'s cache": slots * capacity_for(*given) * size
-            for role, size in self.position.items()
+            for role, size in self.position_bytes.items()
         }
 
     @property

@@ -117,7 +117,7 @@ def _probed(memory: Memory, role: str, device: Device) -> Passes | None:
 def _reckoned(memory: Memory, role: str, device: Device) -> Passes:
     model, slots = memory.decoders[role], memory.asked.slots
     reach = memory.config.max_prompt_length + memory.config.max_new_tokens / 2
-    cached = slots * reach * memory.position[role] / device.bandwidth
+    cached = slots * reach * memory.position_bytes[role] / device.bandwidth
     with memory.pair.mode:
         one, block = (
             cached + device.seconds(decoding_pass(model, slots, k, logits=True).ops)
