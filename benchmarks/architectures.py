@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.timing import write_csv
-from switchkd.attention import LIMITS
+from switchkd.attention import CONV, LIMITS
 from switchkd.decoder import rollout
 from switchkd.losses import collate, distillation_loss
 from switchkd.policies import Switch
@@ -103,7 +103,9 @@ def shrunk(config_type: type, changes: dict) -> PreTrainedConfig:
     parts = {name: getattr(known, name, None) for name in config_type.sub_configs}
     parts = {name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
     kinds = set(getattr(known, "layer_types", None) or ())
-    mixed = {"layer_types": sorted(kinds)} if len(kinds) == 2 and kinds <= LIMITS.keys() else {}
+    mixed = {}  # a layer of each kind
+    if len(kinds) > 1 and kinds <= {*LIMITS, CONV}:
+        mixed = dict(layer_types=sorted(kinds), num_hidden_layers=len(kinds))
     if mixed and hasattr(known, "num_kv_shared_layers"):  # Gemma 4
         mixed = dict(layer_types=sorted(kinds) * 2, num_hidden_layers=4, num_kv_shared_layers=2)
     sizes = SIZES | mixed | changes if known.get_text_config() is known else IDS

@@ -1,8 +1,9 @@
 """A preallocated KV cache with a length per row, for any unmodified transformers model.
 
-Row r of a batch holds the keys and values of positions 0 .. lengths[r] - 1; what lies beyond is
-stale and never attended to. So rolling back is a change of `lengths`, and prompts of unequal length
-need no padding on the left. Two models that read one token stream have equal lengths.
+Row r of a batch holds the keys and values of positions 0 .. lengths[r] - 1, or what a short
+convolution was given there; what lies beyond is stale and never attended to. So rolling back is a
+change of `lengths`, and prompts of unequal length need no padding on the left. Two models that read
+one token stream have equal lengths.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from switchkd.attention import (
+    CONV,
     FLASH,
     LIMITS,
     ROWS,
@@ -28,11 +30,12 @@ from switchkd.models import cache_name, decoder_of, head_of
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values (slots, heads, capacity, width) of one attention layer."""
+    """Keys and values (slots, heads, capacity, width) of one attention layer, or the inputs
+    (slots, kernel size - 1 + capacity, channels) of one convolution over past positions."""
 
     def __init__(self, owner: RowCache):
         super().__init__()
-        self.owner = owner
+        self.owner, self.inputs = owner, None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(x: Tensor) -> Tensor:
@@ -54,6 +57,26 @@ class _Layer(CacheLayerMixin):
             self.keys[:, :, : owner.reach].index_select(0, owner.rows),
             self.values[:, :, : owner.reach].index_select(0, owner.rows),
         )
+
+    def update_conv_state(self, inputs: Tensor, kernel_size: int) -> Tensor:
+        """(b, C, kernel_size - 1 + q): inputs (b, C, q) behind those that precede them."""
+        owner, past = self.owner, kernel_size - 1  # before its first position, a row is zero
+        if self.inputs is None:
+            size = owner.slots, past + owner.capacity, inputs.shape[1]
+            self.inputs = inputs.new_zeros(size)
+        rows, first = owner.rows[:, None], owner.positions[:, :1]
+        self.inputs[rows, owner.positions + past] = inputs.transpose(1, 2)
+        seen = torch.arange(past + inputs.shape[2], device=inputs.device)
+        return self.inputs[rows, first + seen].transpose(1, 2)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot to another."""
+        if self.is_initialized:
+            for store in (self.keys, self.values):
+                store[target, :, :length] = store[source, :, :length]
+        if self.inputs is not None:
+            past = self.inputs.shape[1] - self.owner.capacity
+            self.inputs[target, : past + length] = self.inputs[source, : past + length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.reach, 0
@@ -79,12 +102,18 @@ class RowCache(Cache):
         prefix n if the rows are the slots 0 .. n - 1."""
         self.rows, self.positions, self.reach, self.prefix = rows, positions, reach, prefix
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None  # so a layer asks for it by its inputs, however few they are
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int
+    ) -> Tensor:
+        return self.layers[layer_idx].update_conv_state(conv_states, conv_kernel_size)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         for layer in self.layers:
-            if layer.is_initialized:
-                for store in (layer.keys, layer.values):
-                    store[target, :, :length] = store[source, :, :length]
+            layer.move(source, target, length)
 
 
 class CachedModel:
@@ -124,7 +153,10 @@ class CachedModel:
             said = (lengths + count).int(), window
         else:
             form = positions, reach, self.groups, self.model.dtype
-            mask = {kind: row_mask(*form, kind, span) for kind, span in self.spans.items()}
+            mask = {
+                kind: None if kind == CONV else row_mask(*form, kind, span)
+                for kind, span in self.spans.items()
+            }
             mask = mask if self.by_kind else next(iter(mask.values()))
         with attending(self.config, self.attention, *said), few_rows(self.device):
             out = self.decoder(
@@ -155,15 +187,17 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, block: int) -> int:
 
 @torch.no_grad()
 def position_bytes(model: nn.Module) -> int:
-    """Keys and values of one position, all layers: what a pass over one token leaves in a cache.
+    """What all layers keep of one position: what a pass over one token leaves in a cache.
 
     Configurations do not tell: heads may be of two sizes, compressed, or shared between layers.
     """
     decoder = decoder_of(model)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    out = decoder(input_ids=token, use_cache=True)
+    out = decoder(input_ids=token, position_ids=token, use_cache=True)
     layers = getattr(getattr(out, cache_name(decoder), None), "layers", ())
-    stores = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+    stores = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    inputs = [x for layer in layers for x in getattr(layer, "conv_states", {}).values()]
+    stores += [x[..., 0] for x in inputs if x is not None]  # of one position out of a kernel's
     return sum(x.nbytes for x in stores if x is not None)
 
 
@@ -174,11 +208,12 @@ class NotServed(ValueError):
 def check_architecture(model: nn.Module) -> None:
     """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
     config, name = model.config.get_text_config(), type(model).__name__
-    others = spans_of(config).keys() - LIMITS.keys()
+    served = [*LIMITS, CONV] if hasattr(Cache, "get_conv_state") else [*LIMITS]
+    others = spans_of(config).keys() - {*served}
     if others:
         raise NotServed(
             f"{name} has {', '.join(sorted(others))}, which the block decoder's cache does not "
-            f"serve: expected {', '.join(LIMITS)} in its layers; the naive loop decodes it"
+            f"serve: expected {', '.join(served)} in its layers; the naive loop decodes it"
         )
     if hasattr(config, "keep_window_size"):
         raise NotServed(

@@ -20,8 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cache,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -75,13 +77,18 @@ def _config(name: str, vocab_size: int, **changes):
         kinds = ["sliding_attention", "full_attention"]
         own = dict(head_dim=8, sliding_window=5, layer_types=kinds)
         return Gemma3TextConfig(**{**_GATED, **own, **changes}, **ids)
+    if name == "lfm2":
+        own = dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+        return Lfm2Config(**{**_GATED, **own, **changes}, **ids)
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[name]
     extra = {"head_dim": 8} if name == "qwen3" else {}
     return kind(**{**_GATED, **changes}, **extra, **ids)
 
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
-WINDOWED = ("mistral", "gemma3")  # all layers, and one of two
+OTHERS = ("mistral", "gemma3")  # windows in all layers, and in one of two
+if hasattr(Cache, "get_conv_state"):  # as the block decoder asks
+    OTHERS += ("lfm2",)  # a short convolution instead of attention in one of two
 
 
 def tiny_model(name="llama", *, seed=0, vocab_size=VOCAB, dtype=torch.float64, spread=15.0, **kw):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, WINDOWED, tiny_model
+from conftest import ARCHITECTURES, OTHERS, VOCAB, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -60,7 +60,7 @@ def test_models_that_cannot_be_decoded_are_refused(config, naive, block):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
+@pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
 def test_cache_agrees_with_a_full_forward_pass(name, attention):
     """Unequal lengths, rows out of order, blocks of several sizes, a rollback and what follows."""
     model = tiny_model(name)
@@ -94,7 +94,7 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, win
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
+@pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
 def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
     widths = []
 
@@ -105,7 +105,8 @@ def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
     monkeypatch.setattr(attention, "flash_attn_with_kvcache", recorded)
     monkeypatch.setattr("switchkd.cache.attention_for", lambda model: attention.FLASH)
     test_cache_agrees_with_a_full_forward_pass(name, "sdpa")
-    assert widths == [n for n in (9, 1, 3, 4, 1) for _ in range(2)]  # each pass, both layers
+    layers = 1 if name == "lfm2" else 2  # with attention
+    assert widths == [n for n in (9, 1, 3, 4, 1) for _ in range(layers)]
 
 
 def test_what_attention_is_not_given_is_refused():
@@ -127,7 +128,7 @@ def test_attention_that_cools_with_the_length_of_a_batch_is_refused():
         rollout(None, model, [[5] * 14, [7]], **ROLL)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2", "gemma3", "gpt_bigcode", "deepseek"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2", *OTHERS, "gpt_bigcode", "deepseek"])
 def test_the_memory_of_a_position_is_what_a_cache_takes(name):
     """Fewer heads, one for all of them, compressed ones of other widths than the configuration's"""
     if name == "gpt_bigcode":
@@ -135,11 +136,13 @@ def test_the_memory_of_a_position_is_what_a_cache_takes(name):
     elif name == "deepseek":
         ranks = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=12)
         config = DeepseekV3Config(**HEADS, **ranks, v_head_dim=8, first_k_dense_replace=2)
-    model = tiny_model(name) if name in ARCHITECTURES + WINDOWED else None
+    model = tiny_model(name) if name in ARCHITECTURES + OTHERS else None
     model = model or AutoModelForCausalLM.from_config(config).eval()
     cached = CachedModel(model, slots=3, capacity=16)
     cached.feed(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 2)
-    stores = [x for layer in cached.cache.layers for x in (layer.keys, layer.values)]
+    layers = cached.cache.layers
+    stores = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+    stores += [layer.inputs[:, -16:] for layer in layers if layer.inputs is not None]
     assert position_bytes(model) * 3 * 16 == sum(x.nbytes for x in stores)
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, EOS, PAD, VOCAB, WINDOWED, tiny_model
+from conftest import ARCHITECTURES, EOS, OTHERS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits
 
 from switchkd import engine
@@ -104,7 +104,7 @@ def test_any_change_of_plans_between_rounds(policy, monkeypatch):
     assert plans >= {(d, s) for d in ("teacher", "history") for s in (False, settles)}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
+@pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
 def test_every_architecture(name):
     teacher, student = pair(name)
     for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3)):

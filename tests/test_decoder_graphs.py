@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, DEVICE, WINDOWED
+from conftest import ARCHITECTURES, DEVICE, OTHERS
 from test_decoder import COMMON, POLICIES, T, assert_same, pair, prompts
 
 from switchkd import decoder, graphs
@@ -51,7 +51,7 @@ def test_graphs_write_what_calls_write(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("name", ARCHITECTURES + WINDOWED)
+@pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
 def test_graphs_on_a_gpu(name):
     """In float32, where near-ties may fall otherwise."""
     teacher, student = (model.to(DEVICE, torch.float32) for model in pair(name))
