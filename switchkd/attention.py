@@ -76,7 +76,7 @@ LIMITS = {
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }
-CONV = "conv"  # LFM2's layers without attention
+CONV, RECURRENT = STATES = ("conv", "linear_attention")  # layers without attention
 
 
 def spans_of(config) -> dict[str, int | None]:

@@ -1,14 +1,16 @@
 """A preallocated KV cache with a length per row, for any unmodified transformers model.
 
-Row r of a batch holds the keys and values of positions 0 .. lengths[r] - 1, or what a short
-convolution was given there; what lies beyond is stale and never attended to. So rolling back is a
-change of `lengths`, and prompts of unequal length need no padding on the left. Two models that read
-one token stream have equal lengths.
+Row r of a batch holds the keys and values of positions 0 .. lengths[r] - 1; what lies beyond is
+stale and never attended to. So rolling back is a change of `lengths`, and prompts of unequal length
+need no padding on the left. Two models that read one token stream have equal lengths. Layers with a
+state of another kind keep it in `states`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +20,27 @@ from switchkd.attention import (
     CONV,
     FLASH,
     LIMITS,
+    RECURRENT,
     ROWS,
     SERVED,
+    STATES,
     attending,
     attention_for,
     row_mask,
     spans_of,
 )
 from switchkd.layers import few_rows
-from switchkd.models import cache_name, decoder_of, head_of
+from switchkd.models import Head, cache_name, decoder_of, head_of
+from switchkd.planner import BLOCKS
+from switchkd.states import State, recurring, rules_of
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values (slots, heads, capacity, width) of one attention layer, or the inputs
-    (slots, kernel size - 1 + capacity, channels) of one convolution over past positions."""
+    """Keys and values (slots, heads, capacity, width) of an attention layer, or another's state."""
 
     def __init__(self, owner: RowCache):
         super().__init__()
-        self.owner, self.inputs = owner, None
+        self.owner, self.state = owner, State(owner)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(x: Tensor) -> Tensor:
@@ -58,25 +63,13 @@ class _Layer(CacheLayerMixin):
             self.values[:, :, : owner.reach].index_select(0, owner.rows),
         )
 
-    def update_conv_state(self, inputs: Tensor, kernel_size: int) -> Tensor:
-        """(b, C, kernel_size - 1 + q): inputs (b, C, q) behind those that precede them."""
-        owner, past = self.owner, kernel_size - 1  # before its first position, a row is zero
-        if self.inputs is None:
-            size = owner.slots, past + owner.capacity, inputs.shape[1]
-            self.inputs = inputs.new_zeros(size)
-        rows, first = owner.rows[:, None], owner.positions[:, :1]
-        self.inputs[rows, owner.positions + past] = inputs.transpose(1, 2)
-        seen = torch.arange(past + inputs.shape[2], device=inputs.device)
-        return self.inputs[rows, first + seen].transpose(1, 2)
-
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot to another."""
+        """Copy a slot with its first `length` entries to another."""
         if self.is_initialized:
             for store in (self.keys, self.values):
                 store[target, :, :length] = store[source, :, :length]
-        if self.inputs is not None:
-            past = self.inputs.shape[1] - self.owner.capacity
-            self.inputs[target, : past + length] = self.inputs[source, : past + length]
+        for store in self.state.stores():
+            store[target] = store[source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.reach, 0
@@ -91,37 +84,74 @@ class _Layer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """The layers of one model. `aim` says, before each forward pass, where its tokens go."""
+    """The layers of one model. `aim` says, before each forward pass, where its tokens go.
 
-    def __init__(self, layers: int, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+    block: the most tokens that a round drafts.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int, block: int, device: torch.device):
+        self.slots, self.capacity, self.block = slots, capacity, block
+        self.since = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens in the states
+        self.unsettled = block - 1  # tokens at most that may have been accepted since
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
 
-    def aim(self, rows: Tensor, positions: Tensor, reach: int, prefix: int | None) -> None:
+    def aim(
+        self, rows: Tensor, positions: Tensor, reach: int, prefix: int | None, more: int,
+        counts: Tensor | None,
+    ) -> None:  # fmt: skip
         """rows (b,) slots, positions (b, q) in them, `reach`: positions attended to at most;
-        prefix n if the rows are the slots 0 .. n - 1."""
+        prefix n if the rows are the slots 0 .. n - 1. more, counts: as in `CachedModel.feed`."""
         self.rows, self.positions, self.reach, self.prefix = rows, positions, reach, prefix
+        self.more, self.counts = more, counts
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        return None  # so a layer asks for it by its inputs, however few they are
+    def landed(self) -> None:
+        """After a pass: what the states hold now."""
+        if self.counts is not None:
+            self.since[self.rows] = self.counts
+            return
+        if not self.more:
+            self.since[self.rows] = self.positions[:, 0] + 1
+        if self.positions.device.type == "cpu":  # elsewhere a graph stays as it is
+            self.unsettled = self.more + self.positions.shape[1] - 1
 
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int
-    ) -> Tensor:
-        return self.layers[layer_idx].update_conv_state(conv_states, conv_kernel_size)
+    def begin(self, rows: list[int]) -> None:
+        """Nothing precedes the next tokens of slots `rows`."""
+        for layer in self.layers:
+            for store in layer.state.stores():
+                store[rows] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot to another."""
+        """Copy a slot with its first `length` entries to another."""
+        self.since[target] = self.since[source]
         for layer in self.layers:
             layer.move(source, target, length)
+
+    # What layers with a state ask for; they are told nothing, and so ask for all by their inputs.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
+    ) -> Tensor:
+        return self.layers[layer_idx].state.convolve(conv_states, state_idx, conv_kernel_size)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        self.recurs = self.layers[layer_idx].state
+
+    def update_recurrent_state(self, recurrent_states: None, layer_idx: int) -> None:
+        pass  # `recur` has
+
+    def recur(self, rule: Callable, *args, **options) -> tuple:
+        return self.recurs.recur(rule, *args, **options)
 
 
 class CachedModel:
     """A causal language model with a row cache: feed tokens anywhere, get hidden states back."""
 
-    def __init__(self, model: nn.Module, slots: int, capacity: int):
+    def __init__(self, model: nn.Module, slots: int, capacity: int, block: int = max(BLOCKS)):
         check_architecture(model)
-        self.model, self.decoder, self.head = model, decoder_of(model), head_of(model)
+        self.model, self.decoder = model, decoder_of(model)
         self.config = config = model.config.get_text_config()
         self.attention = attention_for(model)
         layer = getattr(config, "per_layer_config", [config])[0]  # Gemma 4 asks for it
@@ -132,21 +162,30 @@ class CachedModel:
         self.by_kind = bool(kinds) and {*kinds} != {"full_attention"}
         self.groups = heads // shared if self.attention == ROWS else 1
         self.cache_name = cache_name(self.decoder)
-        self.cache = RowCache(config.num_hidden_layers, slots, capacity)
         self.device = model.device
+        self.cache = RowCache(config.num_hidden_layers, slots, capacity, block, self.device)
+        self.has_states, self.rules = bool(self.spans.keys() & {*STATES}), rules_of(model)
         self.last_position = getattr(config, "max_position_embeddings", capacity) - 1
 
-    def feed(self, tokens: Tensor, lengths: Tensor, reach: int, rows: Tensor | None = None):
+    @cached_property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def feed(
+        self, tokens: Tensor, lengths: Tensor, reach: int, rows: Tensor | None = None,
+        *, more: int = 0, counts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states (b, q, H) after tokens (b, q) that follow `lengths` (b,) earlier ones.
 
         rows (b,): their slots, by default 0 .. b - 1. reach: an upper bound of lengths + q, at most
-        the capacity.
+        the capacity. more: so many of the earlier tokens are this round's drafts; the others stand.
+        counts (b,): these are prompts, so many tokens of each, and what follows is padding.
         """
         batch, count = tokens.shape
         positions = lengths[:, None] + torch.arange(count, device=self.device)
         prefix = batch if rows is None else None
         rows = torch.arange(batch, device=self.device) if rows is None else rows
-        self.cache.aim(rows, positions, reach, prefix)
+        self.cache.aim(rows, positions, reach, prefix, more, counts)
         mask, said = None, ()
         if self.attention == FLASH:
             window = None if self.by_kind else next(iter(self.spans.values()))
@@ -154,11 +193,12 @@ class CachedModel:
         else:
             form = positions, reach, self.groups, self.model.dtype
             mask = {
-                kind: None if kind == CONV else row_mask(*form, kind, span)
+                kind: None if kind in STATES else row_mask(*form, kind, span)
                 for kind, span in self.spans.items()
             }
             mask = mask if self.by_kind else next(iter(mask.values()))
-        with attending(self.config, self.attention, *said), few_rows(self.device):
+        recur = recurring(self.rules, self.cache.recur)
+        with attending(self.config, self.attention, *said), few_rows(self.device), recur:
             out = self.decoder(
                 input_ids=tokens.clamp(min=0),  # -1 flags logits that were undefined
                 attention_mask=mask,
@@ -166,6 +206,7 @@ class CachedModel:
                 use_cache=True,
                 **{self.cache_name: self.cache},
             )
+        self.cache.landed()
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -187,7 +228,7 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, block: int) -> int:
 
 @torch.no_grad()
 def position_bytes(model: nn.Module) -> int:
-    """What all layers keep of one position: what a pass over one token leaves in a cache.
+    """Keys and values of one position, all layers: what a pass over one token leaves in a cache.
 
     Configurations do not tell: heads may be of two sizes, compressed, or shared between layers.
     """
@@ -195,10 +236,22 @@ def position_bytes(model: nn.Module) -> int:
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     out = decoder(input_ids=token, position_ids=token, use_cache=True)
     layers = getattr(getattr(out, cache_name(decoder), None), "layers", ())
-    stores = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    inputs = [x for layer in layers for x in getattr(layer, "conv_states", {}).values()]
-    stores += [x[..., 0] for x in inputs if x is not None]  # of one position out of a kernel's
+    stores = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
     return sum(x.nbytes for x in stores if x is not None)
+
+
+@torch.no_grad()
+def row_bytes(model: nn.Module, block: int) -> int:
+    """What layers with a state keep of a row, however long it is; 0 if they are not served."""
+    if not spans_of(model.config.get_text_config()).keys() & {*STATES}:
+        return 0
+    try:
+        cached = CachedModel(model, 1, capacity_for(1, 0, block), block)
+    except NotServed:
+        return 0
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    cached.feed(token, token[0], 1)
+    return sum(x.nbytes for layer in cached.cache.layers for x in layer.state.stores())
 
 
 class NotServed(ValueError):
@@ -208,7 +261,9 @@ class NotServed(ValueError):
 def check_architecture(model: nn.Module) -> None:
     """Refuse models whose attention a row cache cannot serve, before anything is allocated."""
     config, name = model.config.get_text_config(), type(model).__name__
-    served = [*LIMITS, CONV] if hasattr(Cache, "get_conv_state") else [*LIMITS]
+    served = [*LIMITS]
+    if hasattr(Cache, "get_conv_state"):  # as layers ask from transformers 5.2x on
+        served += [CONV, RECURRENT] if rules_of(model) else [CONV]
     others = spans_of(config).keys() - {*served}
     if others:
         raise NotServed(

@@ -67,6 +67,8 @@ class _Decoder:
 
         A CPU takes those of about equal length together: there a padded token costs a token.
         """
+        for model in self.models.values():
+            model.cache.begin(slots)
         cost = PASS_COST if self.slots.device.type == "cpu" else float("inf")
         for part in by_length([len(p) - 1 for p in prompts], cost):
             padded = len(part) * (len(prompts[part[0]]) - 1)
@@ -75,11 +77,11 @@ class _Decoder:
 
     def prefill_part(self, slots: list[int], prompts: list[Sequence[int]]) -> None:
         """One pass over them, padded on the right."""
-        longest, device = max(map(len, prompts)), self.slots.device
-        rows = [list(p) + [0] * (longest - len(p)) for p in prompts]
-        tokens, where = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
+        lengths, device = [len(p) for p in prompts], self.slots.device
+        rows = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
+        tokens, where, counts = (torch.tensor(x, device=device) for x in (rows, slots, lengths))
         for model in self.models.values():
-            model.feed(tokens, torch.zeros_like(where), longest, rows=where)
+            model.feed(tokens, 0 * where, max(lengths), where, counts=counts)
 
     def feed(self, role: str, count: int, tokens: Tensor, more: int, draw: bool) -> tuple:
         """Logits (n, q, V), hidden states (n, q, H) of one model after tokens (n, q) that follow
@@ -92,7 +94,7 @@ class _Decoder:
             tokens = torch.cat([tokens, tokens.new_zeros(rows - n, tokens.shape[1])])
 
         def step(tokens: Tensor, length: Tensor, prompt: Tensor, sequence: Tensor, *text: Tensor):
-            hidden = model.feed(tokens, length, reach)
+            hidden = model.feed(tokens, length, reach, more=more)
             logits = model.logits(hidden)
             if not draw:
                 return logits, hidden
@@ -105,7 +107,7 @@ class _Decoder:
         # A guess may come from anywhere; SKD's teacher guesses what the student would write.
         length = column["length"] + more
         self.asked = lambda row: (row, length[row] - column["prompt"][row])
-        kind = (role, reach, draw, self.sampling, self.vocab_size)
+        kind = (role, reach, draw, more * model.has_states, self.sampling, self.vocab_size)
         text = () if slots.text is None else (slots.text[:rows],)
         given = tokens, length, column["prompt"], column["sequence"], *text
         out = self.graphs.call(kind, step, *given)
@@ -282,9 +284,8 @@ class _Decoder:
         host = dict(zip(looks, rows, strict=True))
         for slot, place_in_block in enumerate(host["undefined"]):
             if place_in_block < k:
-                row = slot * k + place_in_block
                 text = "logits: expected finite or -inf, got no distribution"
-                raise InvalidLogits(text, None, row)
+                raise InvalidLogits(text, None, slot * k + place_in_block)
         seen = [r for r, on in zip(host["right"], slots.along, strict=False)
                 if on or drafter != "history"]  # fmt: skip
         if drafter != only and (k > 1 or drafter == "history"):
@@ -332,8 +333,8 @@ def rollout(
     draft.
     The other arguments, and errors, as in `rollout_naive`, though a draft whose logits are invalid
     is an error even where it would not have been written; on_step(tokens, prompts that are not
-    finished) is called after every round. Raises ValueError for layers that are no
-    attention, and where not one row fits into memory.
+    finished) is called after every round. Raises ValueError for layers that a row
+    cache cannot serve, and where not one row fits into memory.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
     check_models(teacher, policy, sampling)

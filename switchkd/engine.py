@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from switchkd.cache import CachedModel, NotServed, check_architecture, position_bytes
+from switchkd.cache import CachedModel, NotServed, check_architecture, position_bytes, row_bytes
 from switchkd.graphs import Graphs
 from switchkd.models import knows_head
 from switchkd.planner import Planner
@@ -56,6 +56,7 @@ class Engine:
         self.asked = self.slots = self.capacity = 0
         self.kind = None  # of what the caches hold
         self.position_bytes: dict[str, int] = {}  # of keys and values in each
+        self.row_bytes: dict[str, int] = {}  # of other state
         self.models: dict[str, CachedModel] = {}
         self.graphs = Graphs(self.device, student.dtype)
         self.stream, self.spans = None, []
@@ -70,25 +71,28 @@ class Engine:
         self.spans.clear()  # of a round that an error ended
         if self.device.type == "cuda":  # to ask at every event costs as much as to record it
             self.stream = torch.cuda.current_stream(self.device)
-        kind = [(model.dtype, torch.is_inference_mode_enabled()) for model in self.given.values()]
+        given, block = self.given.items(), max(self.planner.blocks)
+        kind = [(model.dtype, torch.is_inference_mode_enabled()) for _, model in given]
         if kind != self.kind:
-            self.position_bytes = {
-                role: position_bytes(model) for role, model in self.given.items()
-            }
+            self.position_bytes = {role: position_bytes(model) for role, model in given}
+            self.row_bytes = {role: row_bytes(model, block) for role, model in given}
         if rows > self.asked or capacity > self.capacity or kind != self.kind:
             asked = max(rows, self.asked, self.room[0])
             capacity = max(capacity, self.capacity, self.room[1])
             self.release()
             slots = self.fitting(asked, capacity)
             self.models = {
-                role: CachedModel(model, slots, capacity) for role, model in self.given.items()
+                role: CachedModel(model, slots, capacity, block) for role, model in given
             }
             self.asked, self.slots, self.capacity, self.kind = asked, slots, capacity, kind
         return min(rows, self.slots)
 
     def fitting(self, rows: int, capacity: int) -> int:
         """How many rows fit into the memory that is free; says so if they are fewer."""
-        each = {role: capacity * size for role, size in self.position_bytes.items()}
+        each = {
+            role: capacity * size + self.row_bytes[role]
+            for role, size in self.position_bytes.items()
+        }
         needed, free = sum(each.values()), free_bytes(self.device)
         fit = int(MARGIN * free / needed)
         numbers = (

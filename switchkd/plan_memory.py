@@ -12,7 +12,7 @@ from switchkd_kernels import _backend as backend
 from switchkd_kernels.linear_divergence_loss import CHUNK_BYTES
 from torch import nn
 
-from switchkd.cache import capacity_for, position_bytes
+from switchkd.cache import capacity_for, position_bytes, row_bytes
 from switchkd.config import SwitchConfig
 from switchkd.models import layers_in
 from switchkd.plan_meter import (
@@ -152,11 +152,17 @@ class Memory:
         """Keys and values of one position, by each model."""
         return {role: position_bytes(model) for role, model in self.decoders.items()}
 
+    @cached_property
+    def row_bytes(self) -> dict[str, int]:
+        """What layers without attention keep of a row, by each model."""
+        return {role: row_bytes(model, max(self.blocks)) for role, model in self.decoders.items()}
+
     def caches(self, slots: int) -> dict[str, int]:
         config = self.config
-        given = config.max_prompt_length, config.max_new_tokens, max(self.blocks)
+        block = max(self.blocks)
+        capacity = capacity_for(config.max_prompt_length, config.max_new_tokens, block)
         return {
-            f"{role}'s cache": slots * capacity_for(*given) * size
+            f"{role}'s cache": slots * (capacity * size + self.row_bytes[role])
             for role, size in self.position_bytes.items()
         }
 

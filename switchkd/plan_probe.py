@@ -75,9 +75,10 @@ def decoding(memory: Memory, role: str, here: torch.device) -> Passes | None:
             def run(count: int, length: int, logits: bool) -> float:
                 tokens = torch.zeros(slots, count, dtype=torch.int64)
                 lengths = torch.full((slots,), length)
+                prompts = None if length else lengths + count
 
                 def once() -> None:
-                    hidden = cached.feed(tokens, lengths, length + count)
+                    hidden = cached.feed(tokens, lengths, length + count, counts=prompts)
                     if logits:
                         cached.logits(hidden)
 

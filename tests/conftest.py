@@ -30,7 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 
 def _patch_once() -> None:
@@ -80,6 +82,11 @@ def _config(name: str, vocab_size: int, **changes):
     if name == "lfm2":
         own = dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
         return Lfm2Config(**{**_GATED, **own, **changes}, **ids)
+    if name == "qwen3_next":
+        heads = dict(linear_num_key_heads=2, linear_num_value_heads=4, head_dim=8)
+        own = dict(linear_key_head_dim=8, linear_value_head_dim=12, mlp_only_layers=[0, 1])
+        kinds = ["linear_attention", "full_attention"]
+        return Qwen3NextConfig(**{**_GATED, **heads, **own, "layer_types": kinds, **changes}, **ids)
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[name]
     extra = {"head_dim": 8} if name == "qwen3" else {}
     return kind(**{**_GATED, **changes}, **extra, **ids)
@@ -88,7 +95,7 @@ def _config(name: str, vocab_size: int, **changes):
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "qwen3")
 OTHERS = ("mistral", "gemma3")  # windows in all layers, and in one of two
 if hasattr(Cache, "get_conv_state"):  # as the block decoder asks
-    OTHERS += ("lfm2",)  # a short convolution instead of attention in one of two
+    OTHERS += ("lfm2", "qwen3_next")  # one of two layers without attention
 
 
 def tiny_model(name="llama", *, seed=0, vocab_size=VOCAB, dtype=torch.float64, spread=15.0, **kw):
@@ -121,3 +128,28 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def _delta_rule(query, key, value, g, beta, initial_state=None, **_):
+    """A token after the other, in float64 if they are; transformers goes to float32."""
+    more = value.shape[2] // key.shape[2]
+    query, key = (torch.nn.functional.normalize(x, dim=-1, eps=1e-3) for x in (query, key))
+    query, key = (x.repeat_interleave(more, 2) for x in (query * key.shape[3] ** -0.5, key))
+    state, out = initial_state, []
+    if state is None:
+        state = key.new_zeros(len(key), key.shape[2], key.shape[3], value.shape[3])
+    for q, k, v, decay, write in zip(
+        *(x.unbind(1) for x in (query, key, value, g, beta)), strict=True
+    ):
+        state = state * decay.exp()[..., None, None]
+        change = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * write[..., None]
+        state = state + k[..., None] * change[..., None, :]
+        out.append(torch.einsum("bhk,bhkv->bhv", q, state))
+    return torch.stack(out, 1).to(value.dtype), state
+
+
+@pytest.fixture
+def exact_rule(monkeypatch):
+    """For Qwen3-Next: what is equal in float64 is compared in float64."""
+    for name in ("chunk", "recurrent"):
+        monkeypatch.setattr(modeling_qwen3_next, f"torch_{name}_gated_delta_rule", _delta_rule)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from switchkd import attention
-from switchkd.cache import CachedModel, NotServed, position_bytes
+from switchkd.cache import CachedModel, NotServed, position_bytes, row_bytes
 from switchkd.decoder import rollout
 from switchkd.rollout import rollout_naive
 
@@ -59,9 +59,10 @@ def test_models_that_cannot_be_decoded_are_refused(config, naive, block):
         rollout_naive(None, model, [[5, 6], [7]], **ROLL)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
-def test_cache_agrees_with_a_full_forward_pass(name, attention):
+def test_cache_agrees_with_a_full_forward_pass(exact_rule, name, attention, one_by_one):
     """Unequal lengths, rows out of order, blocks of several sizes, a rollback and what follows."""
     model = tiny_model(name)
     model.set_attn_implementation(attention)
@@ -69,11 +70,18 @@ def test_cache_agrees_with_a_full_forward_pass(name, attention):
     full = model(ids).logits
     cached = CachedModel(model, slots=4, capacity=24)
     order, prompt = torch.tensor([1, 2, 0]), torch.tensor([9, 6, 4])
-    cached.feed(ids[order, :9], torch.zeros_like(prompt), 9, rows=torch.tensor([0, 1, 2]))
+    cached.feed(ids[order, :9], 0 * prompt, 9, rows=torch.tensor([0, 1, 2]), counts=prompt)
     lengths = prompt.clone()
     for count, back in ((1, 0), (3, 2), (4, 1), (1, 0)):
         tokens = torch.stack([ids[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
-        logits = cached.logits(cached.feed(tokens, lengths, int(lengths.max()) + count))
+        reach = int(lengths.max()) + count
+        if one_by_one:
+            drafts = [tokens[:, i : i + 1] for i in range(count)]
+            hidden = [cached.feed(x, lengths + i, reach, more=i) for i, x in enumerate(drafts)]
+            hidden = torch.cat(hidden, 1)
+        else:
+            hidden = cached.feed(tokens, lengths, reach)
+        logits = cached.logits(hidden)
         want = torch.stack([full[i, n : n + count] for i, n in zip(order, lengths, strict=True)])
         exact = attention == "sdpa"  # the eager one takes its softmax in float32
         tolerance = dict(rtol=1e-9, atol=1e-9) if exact else dict(rtol=1e-3, atol=1e-5)
@@ -95,7 +103,7 @@ def flash_attn(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, win
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
-def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
+def test_flash_attention_is_given_what_it_wants(exact_rule, name, monkeypatch):
     widths = []
 
     def recorded(q, *caches, **options):
@@ -104,8 +112,8 @@ def test_flash_attention_is_given_what_it_wants(name, monkeypatch):
 
     monkeypatch.setattr(attention, "flash_attn_with_kvcache", recorded)
     monkeypatch.setattr("switchkd.cache.attention_for", lambda model: attention.FLASH)
-    test_cache_agrees_with_a_full_forward_pass(name, "sdpa")
-    layers = 1 if name == "lfm2" else 2  # with attention
+    test_cache_agrees_with_a_full_forward_pass(None, name, "sdpa", False)
+    layers = 1 if name in ("lfm2", "qwen3_next") else 2  # with attention
     assert widths == [n for n in (9, 1, 3, 4, 1) for _ in range(layers)]
 
 
@@ -142,8 +150,10 @@ def test_the_memory_of_a_position_is_what_a_cache_takes(name):
     cached.feed(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 2)
     layers = cached.cache.layers
     stores = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
-    stores += [layer.inputs[:, -16:] for layer in layers if layer.inputs is not None]
     assert position_bytes(model) * 3 * 16 == sum(x.nbytes for x in stores)
+    states = [x for layer in layers for x in layer.state.stores()]
+    assert row_bytes(model, 8) * 3 == sum(x.nbytes for x in states)
+    assert bool(states) == (name in ("lfm2", "qwen3_next"))
 
 
 def test_attention_of_the_model_is_left_as_it_was():

@@ -77,10 +77,11 @@ def test_every_plan_writes_what_the_naive_loop_writes(policy):
         assert_same(got, want)
 
 
+@pytest.mark.parametrize("name", ["llama", *OTHERS[-1:]])  # and layers with a state
 @pytest.mark.parametrize("policy", [Teacher(), Switch(max_new_tokens=T), AdaSwitch(1.2, 3), SKD(3)])
-def test_any_change_of_plans_between_rounds(policy, monkeypatch):
+def test_any_change_of_plans_between_rounds(exact_rule, policy, name, monkeypatch):
     """Drafter and block drawn anew each round, earlier completions among them, some of them off."""
-    teacher, student = pair()
+    teacher, student = pair(name)
     given = dict(COMMON, sequence_ids=range(7))
     want = rollout_naive(teacher, student, prompts(), policy, **given)
     rng, plans = random.Random(3), set()
@@ -105,7 +106,7 @@ def test_any_change_of_plans_between_rounds(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES + OTHERS)
-def test_every_architecture(name):
+def test_every_architecture(exact_rule, name):
     teacher, student = pair(name)
     for policy in (Switch(max_new_tokens=T), AdaSwitch(K=1.2, L=3)):
         want = rollout_naive(teacher, student, prompts(), policy, **COMMON)
