@@ -25,7 +25,13 @@ from typing import NamedTuple
 import torch
 from switchkd_kernels.reference import sample
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+)
 
 from switchkd.data import read_examples, tokenize
 from switchkd.decoder import rollout
@@ -111,12 +117,21 @@ def qwen_half():
     return qwen2(24, 896, 14, 2, 4864)
 
 
+def qwen35(width: int, mlp: int):
+    return Qwen3_5TextConfig(
+        num_hidden_layers=24, hidden_size=width, num_attention_heads=8, num_key_value_heads=2,
+        linear_num_key_heads=16, linear_num_value_heads=16, intermediate_size=mlp,
+        vocab_size=248320,
+    )  # fmt: skip
+
+
 # Configurations of teacher and student, and the size of the vocabulary they share.
 SHAPES: dict[str, Callable[[], tuple]] = {
     "gpt2-xl": lambda: (gpt2(48, 1600, 25), gpt2(12, 768, 12), 50257),
     "opt-2.7b": lambda: (opt(32, 2560, 32), opt(12, 768, 12), 50265),
     "qwen2.5-7b": lambda: (qwen2(28, 3584, 28, 4, 18944, 152064), qwen_half(), 151665),
     "qwen2.5-1.5b": lambda: (qwen2(28, 1536, 12, 2, 8960), qwen_half(), 151665),
+    "qwen3.5-2b": lambda: (qwen35(2048, 6144), qwen35(1024, 3584), 248077),
     "tiny-gpt2": lambda: (gpt2(2, 128, 4, 512, 256), gpt2(1, 96, 4, 512, 256), 512),
 }
 NAMES = ("embedded", "smollm2", *SHAPES)

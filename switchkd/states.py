@@ -44,6 +44,11 @@ def recurring(modules: list[ModuleType], recur: Callable) -> Iterator[None]:
             setattr(*rule, function)
 
 
+def _as_wide(mask: Tensor, like: Tensor) -> Tensor:
+    """(b, n) as (b, n, 1, ...)."""
+    return mask.view(*mask.shape, *[1] * (like.dim() - 2))
+
+
 class _Recent:
     """The last entries (slots, size, ...) of rows, each at its position modulo size."""
 
@@ -62,8 +67,7 @@ class _Recent:
         place, last = torch.arange(self.size, device=new.device), counts[:, None] - 1
         position = last - (last - place) % self.size
         taken = new[torch.arange(len(new), device=new.device)[:, None], position.clamp(min=0)]
-        absent = (position < 0).view(*position.shape, *[1] * (new.dim() - 2))
-        self.store[rows] = taken.masked_fill(absent, 0)
+        self.store[rows] = taken.masked_fill(_as_wide(position < 0, taken), 0)
 
 
 class State:
@@ -106,7 +110,7 @@ class State:
         def run(query: Tensor, given, state: Tensor, stand: Tensor | None = None) -> tuple:
             key, value, g, beta = given
             if stand is not None:  # one that does not stand neither decays a state nor writes to it
-                g, beta = (x * stand.view(*stand.shape, *[1] * (x.dim() - 2)) for x in (g, beta))
+                g, beta = (x.masked_fill(_as_wide(~stand, x), 0) for x in (g, beta))
             if device.type == "cpu":  # else all are padded to 64 tokens
                 options["chunk_size"] = min(key.shape[1], 64)
             options["initial_state"] = state
