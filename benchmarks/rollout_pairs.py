@@ -62,6 +62,7 @@ KNOBS = {
     "opt-2.7b": Knobs(1.05, 0.65),
     "qwen2.5-7b": Knobs(1.17, 0.65),
     "qwen2.5-1.5b": Knobs(1.75, 0.65),
+    "qwen3.5-2b": Knobs(1.55, 0.65),
     "tiny-gpt2": Knobs(4.96, 0.7),
 }
 
