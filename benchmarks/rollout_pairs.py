@@ -35,9 +35,10 @@ from transformers import (
 
 from switchkd.data import read_examples, tokenize
 from switchkd.decoder import rollout
-from switchkd.models import cut_layers, load_model, load_tokenizer, share_vocabulary
+from switchkd.models import cut_layers, load_model, load_tokenizer
 from switchkd.policies import Switch
 from switchkd.rollout import Rollout, Sampling
+from switchkd.vocabulary import share_vocabulary
 
 CLASSES = 256
 SPREAD = 0.75  # of a row's logits, in sqrt(2 ln V): at 1 a random row begins to favour one token

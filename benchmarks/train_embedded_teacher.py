@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from switchkd.data import alpaca_prompt
 from switchkd.models import EMBEDDED_DIR
+from switchkd.templates import alpaca_prompt
 
 EOS, PAD, VOCAB = "<|endoftext|>", "<|pad|>", 2048
 MAX_TOKENS = 512  # longer rows are cut here

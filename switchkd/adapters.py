@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
+from transformers.utils import GENERATION_CONFIG_NAME
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base"  # in the folder of a run: the cut student that its adapter belongs to
@@ -81,13 +82,17 @@ def add(model: nn.Module, peft_config, seed: int) -> nn.Module:
             f"lora_target_modules: got none, and peft knows none for {model.config.model_type!r}; "
             "expected all-linear or names of modules"
         ) from error
-    head = model.get_output_embeddings()
-    if isinstance(head, _peft().tuners.tuners_utils.BaseTunerLayer):
-        raise ValueError(
-            "lora_target_modules: got the output head, expected layers below it: the loss works "
-            "on the head's weights and would not see its adapter"
-        )
+    check_below_head(model, "lora_target_modules")
     return model
+
+
+def check_below_head(model: nn.Module, name: str) -> None:
+    """Refuse an adapter on the output head; one that is trained whole (modules_to_save) is none."""
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            f"{name}: got the output head, expected layers below it: the loss works on the head's "
+            "weights and would not see its adapter"
+        )
 
 
 def find(model: str, adapter: str | None) -> tuple[str, str | None]:
@@ -132,4 +137,6 @@ def load(model: nn.Module, folder: str) -> nn.Module:
             f"adapter {folder}: it does not fit the base model ({min(strays)}); expected the model "
             "that it was trained on"
         )
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():  # what ended responses in training
+        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(folder).eos_token_id
     return model.eval()

@@ -10,8 +10,8 @@ from functools import partial
 
 from switchkd.models import EMBEDDED
 from switchkd.quantization import NAMED
+from switchkd.templates import TEMPLATES
 
-TEMPLATES = ("auto", "chat", "alpaca", "none")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -26,6 +26,10 @@ def expect(options, name: str, ok: bool, expected: str) -> None:
     """ValueError unless the option of that name is as expected."""
     if not ok:
         raise ValueError(f"{name}: got {getattr(options, name)!r}, expected {expected}")
+
+
+def is_whole(value, least: int) -> bool:
+    return isinstance(value, int) and value >= least
 
 
 @dataclass

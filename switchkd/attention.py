@@ -8,7 +8,9 @@ one head: the keys and values of grouped heads are then read once, never repeate
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,32 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+_decoding = threading.RLock()  # re-entrant: a callback may decode, too
+
+
+def decoding(function: Callable) -> Callable:
+    """A decoder, whose models are among its arguments: it may put them into evaluation mode.
+
+    One thread at a time is in any: what `attending` and others like it change for a pass is seen by
+    all who share a model, or its architecture. Every module ends in the mode that it had, for a
+    training loop around a rollout would miss its dropout.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        given = (*args, *kwargs.values())
+        with _decoding, without_cudnn():
+            models = [model for model in given if isinstance(model, nn.Module)]
+            modes = [(module, module.training) for model in models for module in model.modules()]
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    return wrapper
 
 
 @contextlib.contextmanager

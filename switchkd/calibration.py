@@ -170,7 +170,11 @@ def calibrate_trainer(trainer) -> Calibration:
         part = Divergences.of(trainer.roll_out(mine, NOISE))
         return Divergences.join(trainer._gather([part]))
 
-    policy, result = calibrate(args.policy(), args.target_teacher_share, measure)
+    before = trainer.policy
+    try:
+        policy, result = calibrate(args.policy(), args.target_teacher_share, measure)
+    finally:
+        trainer.policy = before  # a failure must not leave one that was only tried
     trainer.policy, trainer.calibration = policy, result.to_dict()
     args.switch_tau0, args.switch_lambda = policy.tau0, policy.decay
     return result

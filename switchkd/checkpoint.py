@@ -137,11 +137,12 @@ def read_settings(output_dir: str | Path) -> dict:
 
 def unsaved(folder: Path, error: Exception) -> OSError:
     """Remove a checkpoint that could not be written whole; says why, and what is left to resume."""
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
     free = shutil.disk_usage(folder.parent).free
     shutil.rmtree(folder, ignore_errors=True)
     last = last_checkpoint(folder.parent)
     return OSError(
-        f"could not save {folder.name}: {str(error).splitlines()[0]} "
+        f"could not save {folder.name}: {reason} "
         f"({'No space left on device' if free < 2**20 else f'{free:,} bytes free'}); "
         + (f"the last intact checkpoint is {last}" if last else "no checkpoint is left")
     )
@@ -149,7 +150,9 @@ def unsaved(folder: Path, error: Exception) -> OSError:
 
 def append_completions(output_dir: str | Path, records: list[dict]) -> None:
     """One line of completions.jsonl per rollout: enough to look at it, or to replay it."""
-    with (Path(output_dir) / COMPLETIONS).open("a", encoding="utf-8") as file:
+    path = Path(output_dir) / COMPLETIONS
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may be gone since training began
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from switchkd import models
 from switchkd.config import SwitchConfig
 from switchkd.data import Rows
+from switchkd.methods import preset
 
 UNUSED = (  # of `transformers.Trainer`: they would never be called
     "model_init",
@@ -49,11 +51,31 @@ def check_machine(args: SwitchConfig) -> None:
         raise ValueError(f"lm_file: got {args.lm_file}, expected an existing text file")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: got true on a CPU, expected a GPU, or bf16")
+    check_optimizer(args)
+    if args.torch_compile:
+        kind = dict(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        try:
+            torch.compile(nn.Identity(), **kind)
+        except RuntimeError as error:
+            raise ValueError(f"torch_compile_mode: got {kind['mode']}: {error}") from None
+    names = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor")
+    options = {name: getattr(args, f"dataloader_{name}", None) for name in names}
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))
+        DataLoader([0], **options)
+    except ValueError as error:
+        given = ", ".join(f"dataloader_{name} {value}" for name, value in options.items())
+        raise ValueError(f"got {given}: {error}") from None
+
+
+def check_optimizer(args: SwitchConfig) -> None:
+    """Make one, for a parameter that is nobody's."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))
+        if not options.keys() & {"params", "model", "optimizer_dict"}:  # else of the model's own
+            kind([nn.Parameter(torch.zeros(1))], **options)
     except ImportError as error:
         raise ValueError(f"optim: got {args.optim.value}: {error}") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if args.optim_target_modules is None:  # else it misses them in this model
             raise ValueError(f"optim: got {args.optim.value}: {error}") from None
 
@@ -66,6 +88,13 @@ def notes(args: SwitchConfig, peft_config=None) -> list[str]:
             "bf16: without AVX-512 this processor multiplies bfloat16 several times more slowly "
             "than float32; faster: bf16 false, teacher_dtype float32, no rollout_dtype"
         )
+    for name in ("adaswitch_k", "adaswitch_window"):
+        if getattr(args, name) is not None and args.rollout_policy != "adaswitch":
+            found.append(f"{name}: not used with rollout_policy {args.rollout_policy}")
+    other = {k: v for k, v in preset(args.method).items() if getattr(args, k) != v}
+    if other:  # by hand, or by a parser that hands on every default
+        said = ", ".join(f"{name} {getattr(args, name)} (not {x})" for name, x in other.items())
+        found.append(f"method {args.method} with another {said}")
     text = args.loss_type == "cross_entropy" or (args.lm_file is not None and args.lm_coef > 0)
     dropout = not args.disable_dropout or getattr(peft_config, "lora_dropout", 0)
     if args.teacher_is_base and not (text or dropout or args.neftune_noise_alpha):

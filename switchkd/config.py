@@ -5,6 +5,7 @@ Names follow TRL's GKDConfig where it has one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +14,9 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from switchkd import calibration
-from switchkd.arguments import DTYPES, expect, option
+from switchkd.arguments import DTYPES, expect, is_whole, option
 from switchkd.distributed import check_launch
-from switchkd.methods import METHODS, with_methods
+from switchkd.methods import METHODS, WithMethods
 from switchkd.mixture import FRESH_SHARE
 from switchkd.policies import SCHEDULES, SKD, AdaSwitch, Policy, Student, Switch, Teacher
 from switchkd.rollout import Sampling
@@ -31,12 +32,12 @@ LOSSES = (
     "cross_entropy",
     "contrastive_skew",
 )
+COLDEST = 1e-5  # temperature: what is colder would overflow
 RATES = {"random": 0.5, "mix-in": 0.2, "sequence": 0.5}  # the teacher's share by default
 
 
-@with_methods
 @dataclass
-class SwitchConfig(TrainingArguments):
+class SwitchConfig(TrainingArguments, metaclass=WithMethods):
     """How to distil. Extends `transformers.TrainingArguments`; names as in TRL's GKDConfig.
 
     Raises ValueError at construction for values that cannot work, saying got and expected.
@@ -162,7 +163,8 @@ class SwitchConfig(TrainingArguments):
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self._checkpoints_are_validated()
         self.rollout_dtype = DTYPES.get(self.rollout_dtype, self.rollout_dtype)
-        if self.load_best_model_at_end or self.save_strategy == "best":
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if self.load_best_model_at_end or self.save_strategy == "best" or follows:
             self.metric_for_best_model = self.metric_for_best_model or "rouge_l"  # not the loss
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") == "rouge_l"
@@ -173,7 +175,17 @@ class SwitchConfig(TrainingArguments):
             self.ddp_backend = None  # accelerate would look for the other processes
         self._check()
         check_launch(deepspeed=self.deepspeed)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:
+            if self.accelerator_config is None:
+                raise
+            raise ValueError(
+                f"accelerator_config: got {self.accelerator_config}: {error}"
+            ) from None
+        if follows:  # the larger Rouge-L the better; both schedulers expect a loss
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         if self.n_gpu > 1:
             raise ValueError(
                 f"got {self.n_gpu} GPUs in one process, expected one process for each: "
@@ -212,23 +224,42 @@ class SwitchConfig(TrainingArguments):
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
         ):
-            need(name, getattr(self, name) >= 1, "an integer >= 1")
+            need(name, is_whole(getattr(self, name), 1), "an integer >= 1")
         need("decoder", self.decoder in ("block", "naive"), "block or naive")
         block = self.rollout_block
-        need("rollout_block", block is None or block >= 1, "an integer >= 1, or none")
+        need("rollout_block", block is None or is_whole(block, 1), "an integer >= 1, or none")
+        need("top_k", is_whole(self.top_k, 0), "an integer >= 0")
         drafters = (None, "student", "teacher")
         need("rollout_drafter", self.rollout_drafter in drafters, "student or teacher, or none")
         dtypes = (None, *DTYPES.values())
         need("rollout_dtype", self.rollout_dtype in dtypes, f"one of {dtypes}")
         need("lm_coef", self.lm_coef >= 0, "a number >= 0")
+        mixes = ("skew_reverse_kl", "generalized_jsd", "contrastive_skew", "cross_entropy")
+        detached = not self.detach_mixture or self.loss_type in mixes
+        need("detach_mixture", detached, f"false with loss_type {self.loss_type}: it mixes nothing")
         apart = not (self.shard_teacher and self.teacher_is_base)
         need("shard_teacher", apart, "false with teacher_is_base, whose weights are the student's")
         need("label_smoothing_factor", self.label_smoothing_factor == 0, "0: no loss here knows it")
         sampling = ("random", "sequential")  # the others ask rows for their length
         known = getattr(self, "train_sampling_strategy", "random") in sampling
         need("train_sampling_strategy", known, " or ".join(sampling))
-        need("eval_temperature", self.eval_temperature >= 0, "a number >= 0")
-        need("learning_rate", self.learning_rate > 0, "a number > 0")
+        for name in (
+            "temperature",
+            "eval_temperature",
+            "teacher_temperature",
+            "student_temperature",
+        ):
+            value = getattr(self, name)
+            warm = value in (None, 0) or COLDEST <= value < math.inf
+            need(name, warm, f"0, for the largest logit, or a finite number >= {COLDEST:g}")
+        need("switch_lambda", self.switch_lambda < math.inf, "a finite number")
+        need("learning_rate", 0 < self.learning_rate < math.inf, "a number > 0")
+        static = "false: gradients would not be averaged, for a loss goes past DDP's outputs"
+        need("ddp_static_graph", not getattr(self, "ddp_static_graph", None), static)
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            need(
+                name, not getattr(self, name), "false; bf16 and rollout_dtype say what writes in it"
+            )
         need("max_steps", self.max_steps != 0, "an integer >= 1, or -1 for num_train_epochs")
         by_steps = self.max_steps > 0
         need("num_train_epochs", self.num_train_epochs > 0 or by_steps, "> 0, or max_steps >= 1")
@@ -272,7 +303,8 @@ class SwitchConfig(TrainingArguments):
     @property
     def rows_per_batch(self) -> int:
         """Rows of one pass, all processes together; dataloader_drop_last drops fewer."""
-        return self.per_device_train_batch_size * self.world_size
+        shared = self.accelerator_config.split_batches  # a batch is that of all processes
+        return self.per_device_train_batch_size * (1 if shared else self.world_size)
 
     @property
     def rows_per_step(self) -> int:

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
-from switchkd.arguments import TEMPLATES
 from switchkd.records import EVALUATED, Unreadable, lines_of, read_records
-
-# The template of MiniLLM and SWITCH (arXiv 2410.19503, Fig. 4), for tokenizers without their own.
-_HEADER = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"  # noqa: E501
-_PAIRED = ", paired with an input that provides further context"
+from switchkd.templates import completion_ids, prompt_ids, prompt_text, template_for
 
 FORMS = {
     "instruction/input/output": ("instruction", "output"),
@@ -36,21 +32,16 @@ FORMS = {
 }
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The Alpaca-style prompt, up to and including the line that the response follows."""
-    header = _HEADER.format(_PAIRED if input else "")
-    context = f"### Input:\n{input}\n\n" if input else ""
-    return f"{header}### Instruction:\n{instruction}\n\n{context}### Response:\n"
-
-
 @dataclass(frozen=True)
 class Example:
-    """One row as text: prompt messages (with an instruction's `input`) and references."""
+    """One row as text: prompt messages (with an instruction's `input`) and references; begun: the
+    last message is the response's beginning."""
 
     messages: tuple[Mapping[str, str], ...]
     references: tuple[str, ...]
     line: int
     source: str = ""
+    begun: bool = False
 
     @property
     def plain(self) -> list[dict[str, str]]:
@@ -90,15 +81,20 @@ class Report:
     template: str = ""
     kept: int = 0
     left_out: dict[str, list[int]] = field(default_factory=dict)
+    apart: list[int] = field(default_factory=list)  # of responses that no text with a prompt holds
 
     def drop(self, reason: str, line: int) -> None:
         self.left_out.setdefault(reason, []).append(line)
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.kept:,} rows ({self.form}; {self.template})"
-        for reason, lines in self.left_out.items():
+        said = [(f"left out {len(x):,} {reason}", x) for reason, x in self.left_out.items()]
+        if self.apart:
+            other = f"{len(self.apart):,} responses that the template writes otherwise, as they are"
+            said.append((other, self.apart))
+        for what, lines in said:
             shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
-            text += f"\n  left out {len(lines):,} {reason}: line {shown}"
+            text += f"\n  {what}: line {shown}"
         return text
 
 
@@ -107,6 +103,9 @@ class Rows(Dataset):
 
     def __init__(self, rows: Sequence[Row], report: Report):
         self.rows, self.report = list(rows), report
+        most = Counter(row.id for row in self.rows).most_common(1)
+        if most and most[0][1] > 1:  # a replayed text finds its prompt by the id
+            raise ValueError(f"rows: got the id {most[0][0]} twice, expected another for each row")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,7 +170,7 @@ def examples_from(
                 raise ValueError(
                     f"got the form {form}, expected {report.form} as in the lines before"
                 )
-            texts = *(m["content"] + m.get("input", "") for m in messages), *references
+            texts = *(text for m in messages for text in m.values()), *references
             "".join(texts).encode()  # refuses half a character, with a ValueError
         except ValueError as error:
             report.drop("malformed rows", line)
@@ -183,7 +182,9 @@ def examples_from(
         elif references and not (references := tuple(r for r in references if r.strip())):
             report.drop("rows with an empty response", line)
         else:
-            examples.append(Example(messages, references, line, str(record.get("source", ""))))
+            begun = form == "prompt/completion" and messages[-1]["role"] == "assistant"
+            source = str(record.get("source", ""))
+            examples.append(Example(messages, references, line, source, begun))
         if limit is not None and len(examples) >= limit:
             break
     if malformed and not skip_malformed:
@@ -225,7 +226,7 @@ def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
             messages, completion = (*messages, *before), last["content"]
         return form, messages, _texts(completion, "completion")
     context, answer = form.split("/")[1:]
-    extra = record.get(context) or ""
+    extra = next((record[key] for key in (context, "input", "context") if record.get(key)), "")
     instruction = record["instruction"]
     for key, value in (("instruction", instruction), (context, extra)):
         if not isinstance(value, str):
@@ -247,8 +248,9 @@ def _messages(record: Mapping, key: str) -> tuple[Mapping[str, str], ...]:
     if record.get("tools"):  # as text alone, such a row would teach something else
         raise ValueError(f"tools: got {record['tools']!r:.60}, expected messages without tools")
     for message in messages:
-        if isinstance(message, Mapping) and message.get("tool_calls"):
-            raise ValueError(f"{key}: got a message with tool_calls, expected a text content alone")
+        for more in ("tool_calls", "reasoning_content"):
+            if isinstance(message, Mapping) and message.get(more):
+                raise ValueError(f"{key}: got a message with {more}, expected a text content alone")
         fields = isinstance(message, Mapping) and (message.get("role"), message.get("content"))
         if not fields or not all(isinstance(f, str) for f in fields):
             raise ValueError(f"{key}: expected messages with a role and a text content")
@@ -276,29 +278,28 @@ def tokenize(
 
     template: "chat" (the tokenizer's own), "alpaca", "none" (the prompt as it stands), or "auto":
     chat if the tokenizer has one, else alpaca for instructions and none for prompts. A completion
-    is the first reference followed by EOS, tokenised apart from the prompt. exclude: prompts whose
-    rows are left out.
+    is what follows the prompt where both are tokenised as one text, the first reference with its
+    end. exclude: prompts whose rows are left out.
     """
-    template = _template(template, report.form, tokenizer)
+    template = template_for(template, report.form, tokenizer)
     report.template = f"{template} template"
     rows = []
     for example in examples:
-        text = _prompt_text(example, report.source, tokenizer, template)
-        prompt = _prompt_ids(text, tokenizer, template)
-        completion = []
+        text = prompt_text(example, report.source, tokenizer, template)
+        prompt, completion, joined = prompt_ids(text, tokenizer, template), [], True
         if example.references:
-            response = example.references[0]
-            completion = tokenizer(response, add_special_tokens=False)["input_ids"]
-            if completion[-1:] != [tokenizer.eos_token_id]:
-                completion.append(tokenizer.eos_token_id)
+            completion, joined = completion_ids(example, text, prompt, tokenizer, template)
         if exclude is not None and _keys(example, text) in exclude:
             report.drop(f"rows that are in {exclude.source}", example.line)
         elif len(prompt) > max_prompt_length:
             report.drop(f"rows with a prompt over {max_prompt_length} tokens", example.line)
         elif len(completion) > max_completion_length:
             report.drop(f"rows with a response over {max_completion_length} tokens", example.line)
+        elif not prompt:
+            report.drop("rows with a prompt of no token", example.line)
         else:
             rows.append(Row(prompt, completion, example))
+            report.apart += [] if joined else [example.line]
     report.kept = len(rows)
     if not rows:
         raise ValueError(f"no row is left, expected at least one\n{report}")
@@ -309,8 +310,8 @@ def read_prompts(source: str, tokenizer, template: str, skip_malformed: bool = F
     """The prompts of a data set, of the split to evaluate on where it has several."""
     splits = (*EVALUATED, "train")  # many a test set on the Hub has that one alone
     examples, report = read_examples(source, split=splits, skip_malformed=skip_malformed)
-    template = _template(template, report.form, tokenizer)
-    texts = (_prompt_text(e, report.source, tokenizer, template) for e in examples)
+    template = template_for(template, report.form, tokenizer)
+    texts = (prompt_text(e, report.source, tokenizer, template) for e in examples)
     known = (key for e, text in zip(examples, texts, strict=True) for key in _keys(e, text))
     return Prompts(report.source, frozenset(known))
 
@@ -318,55 +319,17 @@ def read_prompts(source: str, tokenizer, template: str, skip_malformed: bool = F
 def rows_from(
     records: Iterable[Mapping], tokenizer, max_prompt_length: int, max_completion_length: int
 ) -> Rows:
-    """Tokenised rows of a `datasets.Dataset` or a list of dicts."""
+    """Tokenised rows of a `datasets.Dataset` or a list of dicts, or of any other data set of dicts:
+    it is read to its end, so it must have one."""
     if isinstance(records, (str, Mapping)):
         got = f"dataset: got {type(records).__name__}"
         raise ValueError(f"{got}, expected a datasets.Dataset (one split) or a list of dicts")
+    if hasattr(records, "__len__") and not hasattr(records, "__iter__"):
+        # Python would iterate until an IndexError, which a map-style data set need not raise.
+        records = map(records.__getitem__, range(len(records)))
     examples, report = examples_from(records, Report(source="dataset"))
     limits = dict(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
     return tokenize(examples, report, tokenizer, **limits)
-
-
-def _template(template: str, form: str, tokenizer) -> str:
-    """The template of rows of this form."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template: got {template!r}, expected one of {', '.join(TEMPLATES)}")
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("template: got 'chat', but the tokenizer has no chat template")
-    if template != "auto":
-        return template
-    plain = "none" if form == "prompt/completion" else "alpaca"
-    return "chat" if tokenizer.chat_template else plain
-
-
-def _prompt_text(example: Example, source: str, tokenizer, template: str) -> str:
-    messages, where = example.messages, f"{source}, line {example.line}"
-    if template == "chat":
-        begun = messages[-1]["role"] == "assistant"  # a response that is to be gone on with
-        how = {"continue_final_message" if begun else "add_generation_prompt": True}
-        try:
-            return tokenizer.apply_chat_template(example.plain, tokenize=False, **how)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"{where}: the tokenizer's chat template says: {error}") from None
-    if len(messages) > 1:
-        raise ValueError(
-            f"{where}: got {len(messages)} prompt messages, but the tokenizer has no chat template "
-            "to join them; expected a single user message"
-        )
-    message = messages[0]
-    if template == "alpaca":
-        return alpaca_prompt(message["content"], message.get("input", ""))
-    return message["content"]
-
-
-def _prompt_ids(text: str, tokenizer, template: str) -> list[int]:
-    """With the special tokens that begin a text, which a chat template writes itself; without an
-    EOS that the tokenizer puts after each text: the response would begin behind its own end."""
-    ids = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
-    if template != "chat" and ids[-1:] == [tokenizer.eos_token_id]:
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids if ids[-len(own) :] == own else ids[:-1]
-    return ids
 
 
 def _keys(example: Example, text: str) -> tuple:

@@ -26,7 +26,7 @@ from switchkd_kernels import InvalidLogits, sample, switch_select
 from switchkd_kernels.reference import STREAM_REDRAW, STREAM_TOKEN, SwitchSelection
 from torch import Tensor, nn
 
-from switchkd.attention import without_cudnn
+from switchkd.attention import decoding
 from switchkd.cache import capacity_for, check_positions
 from switchkd.engine import Engine
 from switchkd.graphs import empty_rows
@@ -300,7 +300,7 @@ class _Decoder:
 
 
 @torch.no_grad()
-@without_cudnn()
+@decoding
 def rollout(
     teacher: nn.Module | None,
     student: nn.Module,
@@ -334,7 +334,7 @@ def rollout(
     The other arguments, and errors, as in `rollout_naive`, though a draft whose logits are invalid
     is an error even where it would not have been written; on_step(tokens, prompts that are not
     finished) is called after every round. Raises ValueError for layers that a row
-    cache cannot serve, and where not one row fits into memory.
+    cache cannot serve, and where not one row fits into memory. Threads decode one by one.
     """
     policy, sampling = policy or Student(), sampling or Sampling()
     check_models(teacher, policy, sampling)

@@ -80,11 +80,22 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def written(parameter: nn.Parameter) -> tuple | None:
+    """What changes when a parameter is written to; None: it is trained, or does not tell.
+
+    All ranks say the same of what they hold in parts, for they gather it together.
+    """
+    if parameter.requires_grad or parameter.is_inference():
+        return None
+    return isinstance(parameter, DTensor) or parameter.data_ptr(), parameter._version
+
+
+@torch.inference_mode(False)  # what is made within could not be updated outside of it
 @torch.no_grad()
 def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None = None) -> nn.Module:
     """A copy of `model` with parameters of `dtype`, without the autocast that training wraps it in;
-    or twin, an earlier copy, with the present weights. A model in parts is gathered one parameter
-    after the other, in the type of the copy.
+    or twin, an earlier copy, with the present weights: what is trained, or was written to since. A
+    model in parts is gathered one parameter after the other, in the type of the copy.
 
     Buffers keep their type: rotary frequencies in bfloat16 would blur the positions.
     """
@@ -94,10 +105,14 @@ def decoding_copy(model: nn.Module, dtype: torch.dtype, twin: nn.Module | None =
             twin.__dict__.pop(wrapper, None)
         for parameter in twin.parameters():
             parameter.data = parameter.data.to(dtype)
+        twin.copied = [written(parameter) for parameter in model.parameters()]
         return twin
-    for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
-        if current.requires_grad:  # what is frozen has not changed
+    pairs = zip(twin.parameters(), model.parameters(), strict=True)
+    for i, (mine, current) in enumerate(pairs):
+        now = written(current)
+        if now is None or now != twin.copied[i]:
             mine.copy_(whole(current.detach().to(mine.dtype)))
+        twin.copied[i] = now
     return twin
 
 

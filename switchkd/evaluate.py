@@ -32,16 +32,15 @@ from switchkd.devices import find_device
 from switchkd.evaluate_options import SETTINGS, EvalArguments, Source, find_sets
 from switchkd.evaluate_table import markdown, print_results, spread
 from switchkd.models import (
-    Vocabulary,
     check_weights,
     cut_layers,
     hub_commit,
     load_model,
     load_tokenizer,
-    share_vocabulary,
 )
 from switchkd.records import EVALUATED
 from switchkd.rollout import Sampling, check_lengths
+from switchkd.vocabulary import Vocabulary, share_vocabulary
 
 CONFIGS = (  # beside the weights, and not all *.json: results may be written into the folder
     "config.json",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from switchkd.arguments import TEMPLATES, expect, option
+from switchkd.arguments import expect, option
 from switchkd.models import EMBEDDED
 from switchkd.records import EVALUATED
+from switchkd.templates import TEMPLATES
 
 
 @dataclass(frozen=True)

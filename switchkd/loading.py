@@ -15,7 +15,6 @@ from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
 from switchkd.data import Report, Rows, read_examples, read_prompts, tokenize
 from switchkd.models import (
-    check_tables,
     cut_layers,
     load_config,
     load_model,
@@ -24,6 +23,7 @@ from switchkd.models import (
 )
 from switchkd.quantization import quantization_config
 from switchkd.rollout import check_lengths
+from switchkd.vocabulary import check_tables
 
 
 def student_place(script: ScriptArguments) -> dict:

@@ -7,7 +7,7 @@ rollouts or about the loss, so that any policy goes with any loss.
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
@@ -178,13 +178,12 @@ def preset(name: str | None, given: Collection[str] = ()) -> dict:
     return {key: value for key, value in values.items() if key not in given}
 
 
-def with_methods(cls: type) -> type:
-    """Class decorator: keyword arguments that are not given default to those of `method`, and may
-    have the names that other projects give them."""
-    init, known = cls.__init__, [f.name for f in fields(cls) if f.init]
+class WithMethods(type):
+    """Metaclass of configurations, and so of those that others derive: keyword arguments that are
+    not given default to those of `method`, and may have the names that other projects give them."""
 
-    @functools.wraps(init)
-    def __init__(self, *args, **given):
+    def __call__(cls, *args, **given):
+        known = [f.name for f in fields(cls) if f.init]
         for name in sorted(given.keys() - set(known)):
             if ALIASES.get(name) not in known:
                 hint = hint_of(name, [*known, *ALIASES])
@@ -192,7 +191,9 @@ def with_methods(cls: type) -> type:
             if ALIASES[name] in given:
                 raise TypeError(f"{cls.__name__}: got {ALIASES[name]} and its alias {name}")
             given[ALIASES[name]] = given.pop(name)
-        init(self, *args, **given, **preset(given.get("method"), given))
+        return super().__call__(*args, **given, **preset(given.get("method"), given))
 
-    cls.__init__ = __init__
-    return cls
+    @property
+    def __signature__(cls):
+        _self, *others = inspect.signature(cls.__init__).parameters.values()
+        return inspect.Signature(others)

@@ -7,7 +7,8 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import sacrebleu
 import torch
@@ -22,8 +23,9 @@ from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.engine import Engine
 from switchkd.losses import collate, response_hidden, response_labels
-from switchkd.models import Vocabulary, decoder_of, head_of
+from switchkd.models import decoder_of, head_of
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches
+from switchkd.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Over the published tokens, runs of a-z and 0-9, stemmed. Where these leave no token of any
     reference (Chinese, Russian), and every answer would score 0, over those of `AnyScript`.
     """
+    if isinstance(references, str) or not len(references):
+        raise ValueError(f"references: got {references!r:.60}, expected a list of 1 string or more")
     latin = any(re.search("[a-z0-9]", reference.lower()) for reference in references)
     scorer = PUBLISHED if latin else ANY_SCRIPT
     return 100 * max(scorer.score(ref, prediction)["rougeL"].fmeasure for ref in references)
@@ -63,6 +67,8 @@ def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
     The split is by words of the first reference, 1-10 against 11 and more (arXiv 2410.19503,
     Fig. 1); an empty part is left out.
     """
+    if not len(predictions):
+        raise ValueError("predictions: got none, expected at least one")
     each = [rouge_l(p, refs) for p, refs in zip(predictions, references, strict=True)]
     most = max(map(len, references))
     padded = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
@@ -101,6 +107,19 @@ def floors(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
     return found
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards, each module is in the mode that it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # not model.train(), which would set its frozen parts, too
+            module.training = True
+
+
 @torch.no_grad()
 @without_cudnn()
 def teacher_forced(
@@ -116,37 +135,37 @@ def teacher_forced(
 
     Without a teacher the last two are NaN. Sums, so that ranks and batches can be added up.
     """
-    student.eval()
     device = student.device
     total = torch.zeros(4, dtype=torch.float64, device=device)
     rows = sorted((r for r in rows if r.completion_ids), key=lambda r: len(r.prompt_ids))
     models = [student] if teacher is None else [student, teacher]
-    for at in range(0, len(rows), batch_size):
-        part = rows[at : at + batch_size]
-        batch = collate(
-            [r.prompt_ids for r in part],
-            [r.completion_ids for r in part],
-            vocabulary.pad_token_id,
-        )
-        batch = {key: value.to(device) for key, value in batch.items()}
-        labels = response_labels(batch)
-        hidden = [response_hidden(m, decoder_of(m), batch) for m in models]
-        for start in range(0, len(labels), chunk_size):
-            stop = start + chunk_size
-            logits = [
-                head_of(m).logits(h[start:stop], vocabulary.size)
-                for h, m in zip(hidden, models, strict=True)
-            ]
-            target = labels[start:stop]
-            ce = nn.functional.cross_entropy(logits[0], target, reduction="sum")
-            nan = ce.new_full((), float("nan"))
-            kl, js = nan, nan
-            if teacher is not None:
-                kl = divergence_loss(
-                    logits[1], logits[0], kind="kl_teacher_student", reduction="sum"
-                )
-                js = jsd(logits[1], logits[0], reduction="sum")
-            total += torch.stack([ce.new_tensor(len(target)), ce, kl, js]).double()
+    with evaluating(*models):
+        for at in range(0, len(rows), batch_size):
+            part = rows[at : at + batch_size]
+            batch = collate(
+                [r.prompt_ids for r in part],
+                [r.completion_ids for r in part],
+                vocabulary.pad_token_id,
+            )
+            batch = {key: value.to(device) for key, value in batch.items()}
+            labels = response_labels(batch)
+            hidden = [response_hidden(m, decoder_of(m), batch) for m in models]
+            for start in range(0, len(labels), chunk_size):
+                stop = start + chunk_size
+                logits = [
+                    head_of(m).logits(h[start:stop], vocabulary.size)
+                    for h, m in zip(hidden, models, strict=True)
+                ]
+                target = labels[start:stop]
+                ce = nn.functional.cross_entropy(logits[0], target, reduction="sum")
+                nan = ce.new_full((), float("nan"))
+                kl, js = nan, nan
+                if teacher is not None:
+                    kl = divergence_loss(
+                        logits[1], logits[0], kind="kl_teacher_student", reduction="sum"
+                    )
+                    js = jsd(logits[1], logits[0], reduction="sum")
+                total += torch.stack([ce.new_tensor(len(target)), ce, kl, js]).double()
     return total
 
 
@@ -192,9 +211,9 @@ def generate(
         vocab_size=vocabulary.size,
     )
 
-    engine = engine or engine_for(model)
     # The model, or its copy for decoding, has the type that it is to write in.
-    with torch.autocast(model.device.type, enabled=False):
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
+        engine = engine or engine_for(model)
         if engine is not None:
             try:
                 rollout = block_rollout(

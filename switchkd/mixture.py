@@ -165,7 +165,10 @@ class Mixture:
         return {name: getattr(self, name) for name in names} | {"buffer": list(self.buffer)}
 
     def load(self, state: dict) -> None:
-        self.share, self.reference, self.seen = (state[n] for n in ("share", "reference", "seen"))
+        """Take up `state`; a share that does not adapt is what `lmbda` says now."""
+        if self.adaptive:
+            self.share = state["share"]
+        self.reference, self.seen = state["reference"], state["seen"]
         self.buffer.clear()
         self.buffer.extend(tuple(entry) for entry in state["buffer"])
 

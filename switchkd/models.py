@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
+from switchkd.adapters import check_below_head
+
 EMBEDDED = "embedded"  # the small teacher that ships with the package
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
-
-
-def _resolve(name: str) -> str:
-    return str(EMBEDDED_DIR / "teacher") if name == EMBEDDED else name
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, **kwargs):
@@ -70,10 +68,11 @@ def hub_commit(name: str, files: Iterable[str | None], revision: str | None) -> 
 
 
 def _load(factory, name: str, gguf_file: str | None, **kwargs):
-    path = _resolve(name)
+    path = str(EMBEDDED_DIR / "teacher") if name == EMBEDDED else name
     kind = "tokenizer" if factory is AutoTokenizer else "model"
     try:
-        return factory.from_pretrained(path, gguf_file=gguf_file, **kwargs)
+        given = kwargs if gguf_file is None else {**kwargs, "gguf_file": gguf_file}
+        return factory.from_pretrained(path, **given)
     except Exception as error:  # the libraries below raise a dozen types; name the file for all
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -193,7 +192,7 @@ def knows_head(model: nn.Module) -> bool:
     decoder.forward = lambda *_, **__: _Hidden(last_hidden_state=states)
     try:
         # Not by a call of the model: hooks, which count or time its passes, are not concerned.
-        logits = model.eval().forward(input_ids=tokens, use_cache=False).logits
+        logits = model.eval().forward(input_ids=tokens, use_cache=False, return_dict=True).logits
     finally:
         del decoder.forward
         if own is not None:
@@ -209,16 +208,19 @@ def knows_head(model: nn.Module) -> bool:
 
 def check_head(model: nn.Module, role: str) -> None:
     """Refuse a model whose loss would be that of other logits than its own."""
+    check_below_head(model, f"{role}'s adapter")
+    wrong = None
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{role}: got {type(model).__name__}, an encoder-decoder, "
-            "expected a causal language model"
+        wrong = "an encoder-decoder, expected a causal language model"
+    elif hasattr(model, "_orig_mod"):  # it would be saved with that in all names
+        wrong = "from torch.compile, expected the model in it; torch_compile true compiles one"
+    elif not knows_head(model):
+        wrong = (
+            "which makes other logits of its hidden states than its output head does; "
+            "expected a linear head, at most with a scale and a soft cap"
         )
-    if not knows_head(model):
-        raise ValueError(
-            f"{role}: got {type(model).__name__}, which makes other logits of its hidden states "
-            "than its output head does; expected a linear head, at most with a scale and a soft cap"
-        )
+    if wrong is not None:
+        raise ValueError(f"{role}: got {type(model).__name__}, {wrong}")
 
 
 def layers_in(model: nn.Module) -> nn.ModuleList:
@@ -304,73 +306,6 @@ def _traits(layers: nn.ModuleList) -> dict[str, object]:
             if plain and not key.startswith("_") and key != "training":
                 found[f"{path}.{key}"] = value
     return found
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What teacher and student share: the real vocabulary, the ids that end a response."""
-
-    size: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    notes: tuple[str, ...] = ()
-
-
-def _eos_ids(model, tokenizer) -> set[int]:
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return {tokenizer.eos_token_id, *ids}
-
-
-def check_tables(teacher_tokenizer, tokenizer) -> None:
-    """Raise ValueError with the first token that has not the same id for both models."""
-    theirs, table = teacher_tokenizer.get_vocab(), tokenizer.get_vocab()
-    if theirs != table:
-        token = min(
-            (t for t in {*theirs, *table} if theirs.get(t) != table.get(t)),
-            key=lambda t: theirs.get(t, table.get(t)),
-        )
-        raise ValueError(
-            "teacher and student do not share a tokenizer: "
-            f"token {token!r} has id {theirs.get(token)} for the teacher and "
-            f"{table.get(token)} for the student; token-level divergences need equal ids"
-        )
-
-
-def share_vocabulary(teacher, student, teacher_tokenizer, tokenizer) -> Vocabulary:
-    """Check that both models read the same ids; report what differs short of that.
-
-    A larger padded matrix on one side (Qwen2.5: 151936 and 152064 rows) is fine, ids are compared,
-    not widths. Different token tables raise ValueError with the first difference. teacher may be
-    None (supervised fine-tuning).
-    """
-    notes, size = [], max(tokenizer.get_vocab().values()) + 1
-    eos = _eos_ids(student, tokenizer)
-    if teacher is not None:
-        check_tables(teacher_tokenizer, tokenizer)
-        teacher_eos = _eos_ids(teacher, teacher_tokenizer)
-        if teacher_eos != eos:
-            notes.append(
-                f"EOS differs: teacher {sorted(teacher_eos)}, student {sorted(eos)}; "
-                "any of them ends a response"
-            )
-            eos |= teacher_eos
-        if teacher_tokenizer.chat_template != tokenizer.chat_template:
-            notes.append("chat templates differ: the student's is used for both models")
-        if count_parameters(teacher) < count_parameters(student):
-            notes.append(
-                f"the teacher ({count_parameters(teacher):,} parameters) is smaller than the "
-                f"student ({count_parameters(student):,}): allowed, but is it what you meant?"
-            )
-    for role, model in (("teacher", teacher), ("student", student)):
-        if model is None:
-            continue
-        rows = head_of(model).weight.shape[0]
-        if rows < size:
-            raise ValueError(f"{role}: got a head of {rows} rows, expected at least {size} tokens")
-        if rows > size:
-            notes.append(f"{role}: {rows - size} padded vocabulary rows are left out")
-    return Vocabulary(size, tuple(sorted(eos)), tokenizer.pad_token_id, tuple(notes))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from switchkd_kernels.reference import (  # the definitions: no fused kernel in 
 )
 from torch import Tensor
 
-from switchkd.attention import without_cudnn
+from switchkd.attention import decoding
 from switchkd.ngrams import without_repeats
 from switchkd.padding import batches
 from switchkd.policies import Policy, Student, require
@@ -173,16 +173,23 @@ def check_request(prompts: Sequence, max_new_tokens: int, sequence_ids: Sequence
         raise ValueError(
             f"sequence_ids: got {len(sequence_ids)}, expected {len(prompts)}, one for each prompt"
         )
+    for row, prompt in enumerate(prompts):
+        if min(prompt, default=0) < 0:
+            raise ValueError(f"prompt {row}: got token {min(prompt)}, expected ids >= 0")
 
 
 def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that are empty, or that leave no room for the response in a model, or in one
-    of this configuration."""
+    of this configuration; and a configuration whose model returns tuples."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty, expected at least one token")
     config = getattr(model, "config", model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    if not (getattr(config, "return_dict", True) and getattr(text, "return_dict", True)):
+        name = f"{type(config).__name__}.return_dict"
+        raise ValueError(f"{name}: got False, expected True: outputs are read by name")
+    limit = getattr(text, "max_position_embeddings", None)
     need = max(map(len, prompts)) + max_new_tokens
     if limit is not None and need > limit:
         raise ValueError(
@@ -192,7 +199,7 @@ def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
 
 
 @torch.no_grad()
-@without_cudnn()
+@decoding
 def rollout_naive(
     teacher: torch.nn.Module | None,
     student: torch.nn.Module,
@@ -328,6 +335,7 @@ def _select(logits, text, policy, state, sampling, ids, positions, vocab_size):
     return chosen, tau
 
 
+@decoding
 def rollout_in_batches(
     teacher: torch.nn.Module | None,
     student: torch.nn.Module,
@@ -346,6 +354,7 @@ def rollout_in_batches(
     The row in an InvalidLogits error is that of `prompts`; on_step(t, prompts that are not
     finished) counts them all.
     """
+    check_request(prompts, max_new_tokens, sequence_ids)  # a part would count from its own first
     given = [model for model in (teacher, student) if model is not None]
     equal = len(set(map(len, prompts))) > 1 and any(map(padding_matters, given))
     parts, order, waiting = [], [], len(prompts)

@@ -17,13 +17,32 @@ from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.distributed import ShardedTrainer
 from switchkd.engine import Engine
-from switchkd.mixture import Text
+from switchkd.mixture import Mixture, Text
 from switchkd.models import count_parameters
 from switchkd.rollout import Rollout, rollout_in_batches
 
 
 class RolloutTrainer(ShardedTrainer):
     """`roll_out`, on what SwitchTrainer sets up."""
+
+    _said: tuple = (None, None)
+
+    def adopt_arguments(self, anew: bool = False) -> None:
+        """Take what `args` say now, for they may change between two runs; a policy that was set by
+        hand stays while they say the same. anew: begin with a new mixture in any case."""
+        args = self.args
+        names = ("seed", "lmbda", "adaptive_lmbda", "replay_capacity", "replay_ratio")
+        options = {name: getattr(args, name) for name in names}
+        policy, before = args.policy(), self._said
+        self._said = policy, options
+        if policy != before[0]:
+            self.policy = policy
+        if options != before[1] or anew:
+            self.mixture = Mixture(self.train_dataset, **options)
+        self.sampling = args.sampling()
+        wanted = {"from_teacher": args.loss_type == "contrastive_skew",
+                  "row_weights": args.importance_weight}  # fmt: skip
+        self._columns = [name for name, on in wanted.items() if on]  # per token, for the loss
 
     def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
         """Completions of `rows` by the current student and the teacher, in the order given."""
@@ -43,7 +62,12 @@ class RolloutTrainer(ShardedTrainer):
         with where, self._bar(len(rows), "rollout", "row") as bar:
             if args.decoder == "naive":
                 return rollout_in_batches(teacher, student, prompts, self.policy, **options)
-            self._engine = self._engine or self._new_engine(teacher, student)
+            given = {"teacher": teacher, "student": student}
+            given = {role: model for role, model in given.items() if model is not None}
+            plan = args.rollout_block, args.rollout_drafter
+            if self._engine is None or (self._engine.given, self._engine.plan[:2]) != (given, plan):
+                self._engine = None  # its memory is free before another takes it
+                self._engine = self._new_engine(teacher, student)
             return block_rollout(
                 teacher, student, prompts, self.policy, **options, engine=self._engine,
                 keep_hidden=args.loss_type != "cross_entropy",
@@ -72,6 +96,13 @@ class RolloutTrainer(ShardedTrainer):
         student.train(training)
         apart = (loss.cpu() + logprob)[asked].abs().max().item()
         return found | {"rollout/logprob_difference": apart}
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if hasattr(
+            self.model, "peft_config"
+        ):  # an adapter's folder says, too, what ends a response
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def _new_engine(self, teacher, student) -> Engine:
         args, models = self.args, (("teacher", teacher), ("student", student))

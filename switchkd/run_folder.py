@@ -138,7 +138,11 @@ def check_writable(folder: Path) -> None:
 
 def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
     """Every option of a run."""
-    return {**asdict(script), **config.to_dict()}
+    values = {**asdict(script), **config.to_dict()}
+    plugin = (values["accelerator_config"] or {}).get("gradient_accumulation_kwargs")
+    if plugin:
+        plugin.pop("num_steps", None)  # Trainer's note to accelerate, written into it
+    return values
 
 
 def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:

@@ -42,8 +42,14 @@ from switchkd.data import Row, Rows, rows_from, text_blocks
 from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Rollout, Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer
+from switchkd.vocabulary import share_vocabulary
 
 log = logging.getLogger(__name__)
+
+
+def row_numbers(rows: list[int]) -> dict[str, Tensor]:
+    """A batch as it comes from a data loader, whose workers may need to be sent this function."""
+    return {"rows": torch.tensor(rows)}
 
 
 class SwitchTrainer(RolloutTrainer):
@@ -61,8 +67,6 @@ class SwitchTrainer(RolloutTrainer):
     Raises ValueError for models that do not share a tokenizer, rows that fit no form, impossible
     lengths, and whatever else `checks` refuses, all before training starts.
     """
-
-    _tag_names = ("switchkd", "knowledge-distillation")
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class SwitchTrainer(RolloutTrainer):
                 f"teacher_model: got None, but rollout_policy {args.rollout_policy} with loss_type "
                 f"{args.loss_type} needs one"
             )
-        self.vocabulary = models.share_vocabulary(
+        self.vocabulary = share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
         if args.process_index == 0:
@@ -112,7 +116,8 @@ class SwitchTrainer(RolloutTrainer):
         if peft_config is not None:
             model = adapters.add(model, peft_config, args.seed)
         checks.check_trained(model, teacher_model)
-        self.policy, self.sampling = args.policy(), args.sampling()
+        if getattr(model, "generation_config", None) is not None:  # ends what is saved as training
+            model.generation_config.eos_token_id = list(self.vocabulary.eos_token_ids)
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
             width = args.max_prompt_length + args.max_new_tokens
@@ -124,7 +129,7 @@ class SwitchTrainer(RolloutTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda rows: {"rows": torch.tensor(rows)},
+            data_collator=row_numbers,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -134,12 +139,7 @@ class SwitchTrainer(RolloutTrainer):
         self.calibration: dict | None = None
         self.teacher = self.place(teacher_model, model)
         self._history: dict[int, list[int]] = {}  # the last completion of each row
-        names = ("seed", "lmbda", "adaptive_lmbda", "replay_capacity", "replay_ratio")
-        options = {name: getattr(args, name) for name in names}
-        self.mixture = mixture.Mixture(self.train_dataset, **options)
-        wanted = {"from_teacher": args.loss_type == "contrastive_skew",
-                  "row_weights": args.importance_weight}  # fmt: skip
-        self._columns = [name for name, on in wanted.items() if on]  # per token, for the loss
+        self.adopt_arguments()
         self._logs: dict[str, list[float]] = defaultdict(list)
         self._last_sample = None
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
@@ -158,6 +158,7 @@ class SwitchTrainer(RolloutTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `transformers.Trainer`; a resumed run goes on as if it had not been interrupted."""
         checkpoint = None
+        self.adopt_arguments(anew=bool(self.state.global_step or resume_from_checkpoint))
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
             self.load_run_state(checkpoint)
@@ -244,6 +245,10 @@ class SwitchTrainer(RolloutTrainer):
     # ------------------------------------------------------------------ loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("return_outputs: got True, expected False: logits are never held")
+        if num_items_in_batch is None:  # of a batch by itself
+            num_items_in_batch = inputs["completion_mask"].sum(), len(inputs["row_ids"])
         tokens, samples = num_items_in_batch
         student, args = self.accelerator.unwrap_model(model), self.args
         row_ids, lm_ids = inputs.pop("row_ids"), inputs.pop("lm_ids", None)
@@ -387,7 +392,7 @@ class SwitchTrainer(RolloutTrainer):
         self.mixture.load(state["mixture"])
         self.calibration = state["calibration"]
         adopt_threshold(self.args, checkpoint)
-        self.policy = self.args.policy()
+        self.adopt_arguments()
         if self.is_world_process_zero():
             drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
         if self.args.draft_from_history:

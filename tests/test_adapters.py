@@ -13,6 +13,7 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 from switchkd import adapters, evaluate
 from switchkd.config import SwitchConfig
 from switchkd.decoder import rollout
+from switchkd.models import check_head
 from switchkd.policies import Switch
 from switchkd.train import main
 
@@ -98,6 +99,16 @@ def test_what_cannot_be_a_base_is_refused(tmp_path):
         make(tmp_path, peft_config=prompt)
     with pytest.raises(ValueError, match="use_peft: got a model that has an adapter already"):
         adapters.add(adapters.add(tiny_model(), lora(), seed=0), lora(), seed=0)
+
+
+def test_a_model_that_comes_with_an_adapter_on_its_head_is_refused():
+    """It would decode with it and never train it; a head that is trained whole is no adapter."""
+    given = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj", "lm_head"]))
+    for role in ("teacher", "student"):
+        with pytest.raises(ValueError, match=f"{role}'s adapter: got the output head, expected"):
+            check_head(given, role)
+    whole = peft.get_peft_model(tiny_model(), lora(modules_to_save=["lm_head"]))
+    check_head(whole, "student")
 
 
 def test_dropout_of_the_adapter_survives_disable_dropout(tmp_path):
@@ -241,3 +252,13 @@ def test_adapters_that_cannot_be_loaded_say_why(run, tmp_path):
 
 def test_caching_is_what_a_configuration_says_by_default(tmp_path):
     assert SwitchConfig(output_dir=str(tmp_path)).use_cache is True
+
+
+def test_an_adapter_says_what_ends_a_response(tmp_path):
+    trainer = base_run(tmp_path)
+    trainer.model.generation_config.eos_token_id = [1, 9]  # as with a teacher of another end
+    trainer.save_model(str(tmp_path / "saved"))
+    model = adapters.load(
+        tiny_model("gpt2", vocab_size=trainer.vocabulary.size), tmp_path / "saved"
+    )
+    assert model.generation_config.eos_token_id == [1, 9]

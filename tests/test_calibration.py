@@ -204,6 +204,14 @@ def test_a_trainer_chooses_before_it_trains(tmp_path):
         SwitchConfig(use_cpu=True, calibration_rows=0)
 
 
+def test_a_calibration_that_fails_leaves_the_policy_that_was(tmp_path):
+    trainer = make(tmp_path, target_teacher_share=0.001, lmbda=1.0)
+    before = trainer.policy
+    with pytest.raises(ValueError, match=r"target_teacher_share: got 0\.001, expected more"):
+        trainer.calibrate()
+    assert trainer.policy is before and trainer.calibration is None
+
+
 def test_a_run_stores_its_choice_and_resumes_with_it(tmp_path, capsys):
     for name, seed in (("teacher", 1), ("student", 2)):
         model = tiny_model(vocab_size=258, seed=seed, dtype=torch.float32)

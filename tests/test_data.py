@@ -11,7 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from switchkd.data import (
     Report,
     Rows,
-    alpaca_prompt,
     examples_from,
     read_examples,
     read_prompts,
@@ -19,6 +18,7 @@ from switchkd.data import (
     text_blocks,
     tokenize,
 )
+from switchkd.templates import alpaca_prompt
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -95,7 +95,7 @@ def message(role, content):
 
 
 def test_turns_of_a_completion_before_the_last_belong_to_the_prompt(tokenizer):
-    """And a prompt that ends in the assistant's words is gone on with."""
+    """And a prompt that ends in the assistant's words is gone on with, a turn of its own is not."""
     tokenizer.chat_template = CHAT
     a, b = message("user", "a"), message("assistant", "b")
     c, d = message("user", "c"), message("assistant", "d")
@@ -105,7 +105,7 @@ def test_turns_of_a_completion_before_the_last_belong_to_the_prompt(tokenizer):
         ({"prompt": [a, b], "completion": [d]}, tokenizer.apply_chat_template(
             [a, b], continue_final_message=True, tokenize=False)),
         ({"messages": [a, b, d]}, tokenizer.apply_chat_template(
-            [a, b], continue_final_message=True, tokenize=False)),
+            [a, b], add_generation_prompt=True, tokenize=False)),
     ):  # fmt: skip
         (row,) = tokenized([record], tokenizer).rows
         assert tokenizer.decode(row.prompt_ids) == prompt
@@ -208,6 +208,18 @@ def test_malformed_rows_stop_with_file_and_line(tmp_path, line, message):
         read_examples(str(path))
     examples, report = read_examples(str(path), skip_malformed=True)
     assert len(examples) == 1 and report.left_out == {"malformed rows": [2]}
+
+
+def test_rows_with_thoughts_apart_are_malformed(tokenizer):
+    thought = {**message("assistant", "4"), "reasoning_content": "easy"}
+    with pytest.raises(ValueError, match="messages: got a message with reasoning_content"):
+        tokenized([{"messages": [message("user", "2+2?"), thought]}], tokenizer)
+
+
+def test_context_of_an_instruction_by_either_name(tokenizer):
+    for record in ({"input": "cat", "response": "chat"}, {"context": "cat", "output": "chat"}):
+        (row,) = tokenized([{"instruction": "Translate.", **record}], tokenizer).rows
+        assert tokenizer.decode(row.prompt_ids) == alpaca_prompt("Translate.", "cat")
 
 
 @pytest.mark.parametrize("content", ["", None, "I look."])

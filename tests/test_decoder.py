@@ -1,6 +1,8 @@
 """The block decoder writes what the naive loop writes: every policy, block, drafter and batch."""
 
+import contextlib
 import random
+import threading
 
 import pytest
 import torch
@@ -62,6 +64,51 @@ def assert_same(got: Rollout, want: Rollout):
         rtol, atol = (1e-9, 1e-10) if a.dtype == b.dtype == torch.float64 else (1e-6, 1e-7)
         a, b = a.double(), b.double()
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("second", [rollout, rollout_naive])
+def test_two_threads_may_share_a_teacher(second):
+    """What a pass changes in it for its own sake is seen by nobody else."""
+    (teacher, student), other = pair(), tiny_model(seed=2)
+    wanted = [rollout_naive(teacher, s, prompts(), Switch(), **COMMON) for s in (student, other)]
+    begun, results = threading.Event(), []
+
+    def run():
+        results.append(second(teacher, other, prompts(), Switch(), **COMMON, on_step=tell))
+
+    def tell(_done, _left):
+        begun.set()
+
+    thread = threading.Thread(target=run)
+
+    def start(_written, _left):
+        if thread.ident is None:
+            thread.start()
+            assert not begun.wait(0.5)
+
+    results.append(rollout(teacher, student, prompts(), Switch(), **COMMON, on_step=start))
+    thread.join()
+    assert begun.is_set()
+    for got, want in zip(results, wanted, strict=True):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("decode", [rollout, rollout_naive])
+@pytest.mark.parametrize("broken", [False, True])
+def test_modules_end_in_the_mode_that_they_had(decode, broken):
+    """A training loop around a rollout would miss its dropout."""
+    models = tiny_model(seed=1).train(), tiny_model(seed=2).train()
+    models[1].model.layers[0].eval()
+    modes = [[m.training for m in model.modules()] for model in models]
+
+    def step(*_):
+        assert not any(m.training for model in models for m in model.modules())
+        if broken:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if broken else contextlib.nullcontext():
+        decode(*models, prompts(), Switch(), **COMMON, on_step=step)
+    assert modes == [[m.training for m in model.modules()] for model in models]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: getattr(p, "schedule", type(p).__name__))

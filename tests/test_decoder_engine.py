@@ -23,9 +23,9 @@ from switchkd.decoder import rollout
 from switchkd.engine import Engine
 from switchkd.layers import few_rows
 from switchkd.metrics import generate
-from switchkd.models import Vocabulary
 from switchkd.policies import AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Sampling, rollout_naive
+from switchkd.vocabulary import Vocabulary
 
 POLICY = Switch(max_new_tokens=T)
 

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from conftest import byte_tokenizer, tiny_model
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from switchkd.distributed import Shards
+from switchkd import distributed
+from switchkd.distributed import Shards, decoding_copy, whole
 from switchkd.train import main
 
 ROWS = [{"prompt": f"say {i} ", "completion": "ab" * (1 + i % 3)} for i in range(23)]
@@ -198,6 +201,52 @@ def test_fsdp2_reduces_the_gradient_of_a_head_of_its_own(folder):
     assert main(argv(folder, "own_one", "llama")) == 0
     two(argv(folder, "own_two", "llama"), **RECOMPUTED)
     assert_same(folder, "own_one", "own_two")
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_decoding_copy_takes_what_was_written_to(in_parts, monkeypatch):
+    """Whether it is trained, was trained and then frozen, or frozen and loaded anew; no more."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3)))
+    model[2].requires_grad_(False)
+    twin = decoding_copy(model, torch.bfloat16)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if in_parts:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            decoding_copy(model, None, twin)
+        copied = []
+        monkeypatch.setattr(distributed, "whole", lambda x: copied.append(x) or whole(x))
+
+        def refresh() -> int:
+            copied.clear()
+            decoding_copy(model, None, twin)
+            for mine, current in zip(twin.parameters(), model.parameters(), strict=True):
+                assert torch.equal(mine, whole(current.detach()).bfloat16())
+            return len(copied)
+
+        assert refresh() == 2
+        for weight in list(model.parameters())[:2]:
+            weight.grad = torch.ones_like(weight)
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        model[1].requires_grad_(False)
+        assert refresh() == 2
+        assert refresh() == 1
+        model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
+        assert refresh() == 3
+        if not in_parts:
+            model[2].weight.data = torch.ones(2, 2)
+            assert refresh() == 2
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_decoding_copy_of_inference_mode_is_updated_outside_of_it():
+    model = tiny_model(dtype=torch.float32)
+    with torch.inference_mode():
+        twin = decoding_copy(model, torch.bfloat16)
+    torch.nn.init.ones_(model.lm_head.weight)
+    decoding_copy(model, None, twin)
+    assert (twin.lm_head.weight == 1).all()
 
 
 def test_parts_of_a_teacher_hold_no_weights_until_they_are_gathered():

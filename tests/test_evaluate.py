@@ -12,8 +12,8 @@ from switchkd.data import Report, examples_from, tokenize
 from switchkd.evaluate import Checkpoint, main, read_set, responses_file
 from switchkd.evaluate_options import PAPER_SETS, EvalArguments, Source, find_sets
 from switchkd.evaluate_table import average, spread
-from switchkd.models import share_vocabulary
 from switchkd.rollout import Sampling, rollout_in_batches
+from switchkd.vocabulary import share_vocabulary
 
 
 def rows_of(records):

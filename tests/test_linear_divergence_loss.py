@@ -351,6 +351,15 @@ def test_refused_arguments(options, message):
         linear_divergence_loss(th, tw, sh, sw, **options)
 
 
+def test_a_frozen_weight_has_no_gradient_for_a_buffer():
+    (th, tw, _), (sh, sw, _) = heads(torch.float32)
+    buffer = torch.zeros(V, HS)
+    with pytest.raises(ValueError, match="weight_grad: got a frozen student_weight, expected"):
+        linear_divergence_loss(th, tw, sh, sw.detach(), weight_grad=buffer)
+    with torch.no_grad():
+        linear_divergence_loss(th, tw, sh, sw.detach(), weight_grad=buffer)
+
+
 def test_refused_shapes_and_dtypes():
     (th, tw, _), (sh, sw, _) = heads()
     with pytest.raises(ValueError, match="student_hidden must be"):

@@ -8,6 +8,7 @@ from test_trainer import make
 
 from switchkd import metrics
 from switchkd.console import print_summary
+from switchkd.rollout import Sampling
 
 PROMPTS = [{"prompt": f"say {i} "} for i in range(8)]
 
@@ -31,6 +32,41 @@ def test_rouge_l_of_english_is_the_published_one():
     ):
         want = 100 * published.score(reference, answer)["rougeL"].fmeasure
         assert metrics.rouge_l(answer, [reference]) == want
+
+
+def test_a_string_is_no_list_of_references_and_of_none_there_is_no_score():
+    for references, got in (("the cat sat", "'the cat sat'"), ([], r"\[\]")):
+        with pytest.raises(ValueError, match=f"references: got {got}, expected a list of 1 string"):
+            metrics.rouge_l("the cat sat", references)
+    with pytest.raises(ValueError, match="references: got 'word one', expected a list"):
+        metrics.score(["word one"], ["word one"])
+    with pytest.raises(ValueError, match="predictions: got none, expected at least one"):
+        metrics.score([], [])
+
+
+def test_measuring_leaves_each_module_in_its_mode(tmp_path):
+    """Without dropout while it lasts, and with it where a user's own loop goes on."""
+    trainer = make(tmp_path, disable_dropout=False)
+    models, rows = (trainer.teacher, trainer.model), trainer.train_dataset.rows[:2]
+
+    def measured():
+        given = trainer.processing_class, trainer.vocabulary, Sampling(seed=0)
+        return (
+            metrics.teacher_forced(*models, rows, trainer.vocabulary).tolist(),
+            metrics.generate(trainer.model, rows, *given, max_new_tokens=4),
+        )
+
+    def modes():
+        return [module.training for model in models for module in model.modules()]
+
+    want = measured()
+    for model in models:
+        model.train()
+        next(model.children()).eval()  # a frozen part
+    before = modes()
+    assert set(before) == {True, False} and trainer.model.config.resid_pdrop > 0
+    assert measured() == want
+    assert modes() == before
 
 
 def test_a_single_row_has_no_other_row_as_a_floor():

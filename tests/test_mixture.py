@@ -127,6 +127,12 @@ def test_the_state_survives_json():
         assert (a.source, a.row, a.tokens, a.step) == (b.source, b.row, b.tokens, b.step)
 
 
+def test_a_share_that_does_not_adapt_is_that_of_the_options():
+    again = mixture(lmbda=0.9)
+    again.load(mixture(lmbda=0.3).state())
+    assert again.share == 0.9
+
+
 # ------------------------------------------------------------------ in training
 
 DISTILLM = dict(

@@ -22,9 +22,9 @@ from switchkd.models import (
     load_model,
     load_tokenizer,
     parse_layers,
-    share_vocabulary,
 )
 from switchkd.rollout import rollout_naive
+from switchkd.vocabulary import share_vocabulary
 
 SIZE = 258  # of the byte tokenizer
 
@@ -211,6 +211,22 @@ def test_encoder_decoders_are_refused():
     config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=48, num_layers=1, num_heads=4)
     with pytest.raises(ValueError, match="teacher: got T5ForConditionalGeneration, an encoder-"):
         check_head(transformers.T5ForConditionalGeneration(config), "teacher")
+
+
+def test_compiled_models_are_refused():
+    with pytest.raises(
+        ValueError, match="got OptimizedModule, from torch.compile, .* torch_compile"
+    ):
+        check_head(torch.compile(tiny_model(), backend="eager"), "student")
+
+
+@pytest.mark.parametrize("decode", [rollout, rollout_naive])
+def test_models_that_return_tuples_are_refused(decode):
+    model = tiny_model()
+    model.config.return_dict = False
+    check_head(model, "student")  # an output without names is no other head
+    with pytest.raises(ValueError, match="LlamaConfig.return_dict: got False, expected True"):
+        decode(None, model, [[5]], max_new_tokens=2, eos_token_ids=[EOS], pad_token_id=PAD)
 
 
 def test_broken_weights_are_refused_before_any_work():

@@ -9,6 +9,7 @@ from conftest import ARCHITECTURES, EOS, PAD, VOCAB, tiny_model
 from switchkd_kernels import InvalidLogits, jsd, switch_select
 from transformers import AutoModelForCausalLM, BartConfig, FalconMambaConfig, MambaConfig
 
+from switchkd.decoder import rollout
 from switchkd.policies import SKD, AdaSwitch, Student, Switch, Teacher
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches, rollout_naive
 from switchkd.stream import padding_matters
@@ -227,6 +228,15 @@ def test_eager_attention_in_float64_writes_the_same(name):
     )
 
 
+def test_a_queue_of_batches_leaves_every_module_in_its_mode():
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    given = dict(max_new_tokens=2, eos_token_ids=[EOS], pad_token_id=PAD)
+    rollout_in_batches(None, model, PROMPTS, batch_size=2, sequence_ids=range(4), **given)
+    assert modes == [m.training for m in model.modules()]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_padding_does_not_matter_where_positions_are_told(name, dtype):
@@ -256,6 +266,13 @@ def test_positions_that_count_padding_write_the_same():
 
 def test_bad_input_is_refused_with_the_reason():
     teacher, student = tiny_model(seed=1), tiny_model(seed=2)
+    given = dict(max_new_tokens=4, eos_token_ids=[EOS], pad_token_id=PAD)
+    for decode in (rollout, rollout_naive):
+        with pytest.raises(ValueError, match="prompt 1: got token -100, expected ids >= 0"):
+            decode(None, student, [[3], [4, -100]], **given)
+    with pytest.raises(ValueError, match="prompt 1: got token -100"):
+        ids = range(2)
+        rollout_in_batches(None, student, [[3], [-100]], batch_size=1, sequence_ids=ids, **given)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         roll(teacher, student, [[3], []])
     with pytest.raises(ValueError, match="need 130 positions, expected at most 128"):

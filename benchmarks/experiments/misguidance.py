@@ -19,9 +19,10 @@ from switchkd import losses
 from switchkd.data import read_examples, tokenize
 from switchkd.decoder import rollout
 from switchkd.metrics import rouge_l
-from switchkd.models import load_model, load_tokenizer, share_vocabulary
+from switchkd.models import load_model, load_tokenizer
 from switchkd.policies import Student, Switch
 from switchkd.rollout import Sampling
+from switchkd.vocabulary import share_vocabulary
 
 LENGTHS = ((1, 10), (11, 50), (51, 10**9))  # words, as the paper splits
 POLICIES = {"student": Student, "SWITCH": Switch}

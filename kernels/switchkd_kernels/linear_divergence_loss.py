@@ -230,6 +230,8 @@ def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
             f"weight_grad must be float32 of shape {tuple(weight.shape)}, got "
             f"{weight_grad.dtype} {tuple(weight_grad.shape)}"
         )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError("weight_grad: got a frozen student_weight, expected one that needs a grad")
 
 
 def _check_row_weights(row_weights: Tensor | None, shape: torch.Size) -> None:

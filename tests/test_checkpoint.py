@@ -1,0 +1,27 @@
+"""What a run's folder holds where something went wrong."""
+
+import json
+
+from switchkd.checkpoint import COMPLETIONS, append_completions, unsaved
+
+
+def test_completions_go_into_a_folder_that_is_not_there(tmp_path):
+    for step in (1, 2):
+        append_completions(tmp_path / "a" / "b", [{"step": step}])
+    lines = (tmp_path / "a" / "b" / COMPLETIONS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2}]
+
+
+def test_the_reason_for_which_a_checkpoint_was_not_saved_is_told(tmp_path):
+    def told(error):
+        folder = tmp_path / "checkpoint-4"
+        folder.mkdir()
+        text = str(unsaved(folder, error))
+        assert not folder.exists() and "no checkpoint is left" in text
+        return text
+
+    several = ValueError("GenerationConfig is invalid:\n - `top_p`:\n   is set\n" + "x" * 900)
+    text = told(several)
+    assert "could not save checkpoint-4: GenerationConfig is invalid: - `top_p`: is set x" in text
+    assert "\n" not in text and len(text) < 700
+    assert "could not save checkpoint-4: MemoryError (" in told(MemoryError())
