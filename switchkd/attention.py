@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from switchkd.models import evaluating
+
 try:
     from flash_attn import flash_attn_with_kvcache
 except ImportError:  # optional
@@ -139,7 +141,7 @@ _decoding = threading.RLock()  # re-entrant: a callback may decode, too
 
 
 def decoding(function: Callable) -> Callable:
-    """A decoder, whose models are among its arguments: it may put them into evaluation mode.
+    """A decoder, whose models are among its arguments.
 
     One thread at a time is in any: what `attending` and others like it change for a pass is seen by
     all who share a model, or its architecture. Every module ends in the mode that it had, for a
@@ -149,14 +151,9 @@ def decoding(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         given = (*args, *kwargs.values())
-        with _decoding, without_cudnn():
-            models = [model for model in given if isinstance(model, nn.Module)]
-            modes = [(module, module.training) for model in models for module in model.modules()]
-            try:
-                return function(*args, **kwargs)
-            finally:
-                for module, training in modes:
-                    module.training = training
+        models = [model for model in given if isinstance(model, nn.Module)]
+        with _decoding, without_cudnn(), evaluating(*models):
+            return function(*args, **kwargs)
 
     return wrapper
 

@@ -206,7 +206,8 @@ class CachedModel:
                 use_cache=True,
                 **{self.cache_name: self.cache},
             )
-        self.cache.landed()
+        if self.has_states:
+            self.cache.landed()
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

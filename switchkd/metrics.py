@@ -7,8 +7,7 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import sacrebleu
 import torch
@@ -23,7 +22,7 @@ from switchkd.data import Row
 from switchkd.decoder import rollout as block_rollout
 from switchkd.engine import Engine
 from switchkd.losses import collate, response_hidden, response_labels
-from switchkd.models import decoder_of, head_of
+from switchkd.models import decoder_of, evaluating, head_of
 from switchkd.rollout import Rollout, Sampling, rollout_in_batches
 from switchkd.vocabulary import Vocabulary
 
@@ -105,19 +104,6 @@ def floors(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
         others = [examples[following[i]].references[0] for i in range(len(examples))]
         found["another_reference"] = score(others, references)
     return found
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards, each module is in the mode that it was in."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:  # not model.train(), which would set its frozen parts, too
-            module.training = True
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,6 +222,19 @@ def check_head(model: nn.Module, role: str) -> None:
         )
     if wrong is not None:
         raise ValueError(f"{role}: got {type(model).__name__}, {wrong}")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards, each module is in the mode that it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # not model.train(), which would set its frozen parts, too
+            module.training = True
 
 
 def layers_in(model: nn.Module) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from switchkd.decoder import rollout as block_rollout
 from switchkd.distributed import ShardedTrainer
 from switchkd.engine import Engine
 from switchkd.mixture import Mixture, Text
-from switchkd.models import count_parameters
+from switchkd.models import count_parameters, evaluating
 from switchkd.rollout import Rollout, rollout_in_batches
 
 
@@ -86,22 +86,18 @@ class RolloutTrainer(ShardedTrainer):
         batch = losses.collate([text.row.prompt_ids], [text.tokens], self.vocabulary.pad_token_id)
         batch = {name: x.to(self.args.device) for name, x in batch.items()}
         student = self.accelerator.unwrap_model(self.model)
-        training = student.training
-        student.eval()  # what is logged must not draw the dropout of the steps that follow
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # What is logged must not draw the dropout of the steps that follow.
+        with evaluating(student), torch.no_grad(), self.compute_loss_context_manager():
             loss = losses.distillation_loss(
                 None, student, student, batch, vocab_size=self.vocabulary.size,
                 kind="cross_entropy", reduction="none",
             )  # fmt: skip
-        student.train(training)
         apart = (loss.cpu() + logprob)[asked].abs().max().item()
         return found | {"rollout/logprob_difference": apart}
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        if hasattr(
-            self.model, "peft_config"
-        ):  # an adapter's folder says, too, what ends a response
+        if hasattr(self.model, "peft_config"):  # else it says by itself what ends a response
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def _new_engine(self, teacher, student) -> Engine:
