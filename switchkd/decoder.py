@@ -354,6 +354,7 @@ def rollout(
     for model in engine.given.values():
         check_lengths(model, prompts, max_new_tokens)
         check_positions(model, longest + max_new_tokens + (0 if teacher is None else drafted))
+        model.eval()
     start, device = time.perf_counter(), student.device
     capacity = capacity_for(longest, max_new_tokens, drafted)
     count = engine.prepare(min(batch_size or len(prompts), len(prompts)), capacity)

@@ -232,6 +232,7 @@ def rollout_naive(
     streams = [Stream(model) for model in (teacher, student) if model is not None]
     for stream in streams:
         check_lengths(stream.model, prompts, max_new_tokens)
+        stream.model.eval()  # it may be a stand-in that is no module, too
 
     start = time.perf_counter()
     device = student.device
