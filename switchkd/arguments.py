@@ -5,6 +5,8 @@ Names follow TRL's ModelConfig and ScriptArguments where those have one.
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -26,6 +28,17 @@ def expect(options, name: str, ok: bool, expected: str) -> None:
     """ValueError unless the option of that name is as expected."""
     if not ok:
         raise ValueError(f"{name}: got {getattr(options, name)!r}, expected {expected}")
+
+
+def read_mapping(options, name: str) -> None:
+    """An option that may come as JSON, as a mapping or None."""
+    value = getattr(options, name)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    ok = value is None or isinstance(value, dict)
+    expect(options, name, ok, 'a mapping, or JSON of one: {"name": value}')
+    setattr(options, name, value or None)
 
 
 def is_whole(value, least: int) -> bool:

@@ -96,6 +96,13 @@ def read_run_state(checkpoint: str | Path, digest: str | None = None, args=None)
     return state
 
 
+def day_of(output_dir: str | Path) -> str:
+    """The day of a run whose checkpoints are there, for templates that write the date: rows must be
+    the same when it is resumed on another day. Empty if there is none."""
+    last = last_checkpoint(output_dir)
+    return "" if last is None else read_run_state(last).get("day", "")
+
+
 def check_split(state: dict, args, checkpoint: str | Path) -> None:
     """Refuse other steps than those of the run to resume; in parts they may come as they like."""
     units = {"step": "per_device_train_batch_size, gradient_accumulation_steps, processes"}
@@ -133,6 +140,18 @@ def read_settings(output_dir: str | Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got no key: value lines, expected a run's options")
     return values
+
+
+def settings_of(model: str) -> dict:
+    """The options of the run that made a model or an adapter, of its folder or a checkpoint's;
+    empty for one of other origin."""
+    folder = Path(model)
+    for place in (folder, folder.parent) if folder.is_dir() else ():
+        with contextlib.suppress(ValueError):  # a config.yaml of another project
+            found = read_settings(place)
+            if "model_name_or_path" in found and (place == folder or "-" in folder.name):
+                return found
+    return {}
 
 
 def unsaved(folder: Path, error: Exception) -> OSError:

@@ -14,7 +14,7 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from switchkd import calibration
-from switchkd.arguments import DTYPES, expect, is_whole, option
+from switchkd.arguments import DTYPES, expect, is_whole, option, read_mapping
 from switchkd.distributed import check_launch
 from switchkd.methods import METHODS, WithMethods
 from switchkd.mixture import FRESH_SHARE
@@ -86,6 +86,9 @@ class SwitchConfig(TrainingArguments, metaclass=WithMethods):
     min_p: float = option("Sample tokens at least this likely relative to the best.", 0.0)
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
+    chat_template_kwargs: dict | str | None = option(
+        'What the chat template is told, e.g. {"enable_thinking": false}; saved with the student.'
+    )
     rollout_batch_size: int = option("Rows decoded together.", 32)
     decoder: str = option(
         "block: one model drafts, the other verifies; naive: step by step.", "block"
@@ -195,6 +198,7 @@ class SwitchConfig(TrainingArguments, metaclass=WithMethods):
 
     def _check(self) -> None:
         need = partial(expect, self)
+        read_mapping(self, "chat_template_kwargs")
         need("rollout_policy", self.rollout_policy in POLICIES, f"one of {POLICIES}")
         need("loss_type", self.loss_type in LOSSES, f"one of {LOSSES}")
         need("lmbda", 0 <= self.lmbda <= 1, "a share in [0, 1]")

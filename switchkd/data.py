@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from switchkd.records import EVALUATED, Unreadable, lines_of, read_records
-from switchkd.templates import completion_ids, prompt_ids, prompt_text, template_for
+from switchkd.templates import Template
 
 FORMS = {
     "instruction/input/output": ("instruction", "output"),
@@ -79,6 +79,7 @@ class Report:
     source: str
     form: str = ""
     template: str = ""
+    day: str = ""  # which a template that writes the date has written
     kept: int = 0
     left_out: dict[str, list[int]] = field(default_factory=dict)
     apart: list[int] = field(default_factory=list)  # of responses that no text with a prompt holds
@@ -205,6 +206,9 @@ def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
         raise ValueError(record)
     if not isinstance(record, Mapping):
         raise ValueError(f"got {type(record).__name__}, expected a JSON object")
+    if record.get("chat_template_kwargs"):
+        told = record["chat_template_kwargs"]
+        raise ValueError(f"chat_template_kwargs: got {told!r:.60}, expected none: an option tells")
     form = next((f for f, keys in FORMS.items() if all(k in record for k in keys)), None)
     if form is None:
         raise ValueError(f"got the keys {sorted(record)}, expected one of {list(FORMS)}")
@@ -273,22 +277,24 @@ def tokenize(
     max_completion_length: int,
     template: str = "auto",
     exclude: Prompts | None = None,
+    day: str = "",
 ) -> Rows:
     """Token ids of every example that fits; the others are counted in the report.
 
     template: "chat" (the tokenizer's own), "alpaca", "none" (the prompt as it stands), or "auto":
     chat if the tokenizer has one, else alpaca for instructions and none for prompts. A completion
     is what follows the prompt where both are tokenised as one text, the first reference with its
-    end. exclude: prompts whose rows are left out.
+    end. exclude: prompts whose rows are left out. day: the date (ISO) that a chat template writes;
+    today's by default.
     """
-    template = template_for(template, report.form, tokenizer)
-    report.template = f"{template} template"
+    write = Template.of(template, report.form, tokenizer, day)
+    report.template, report.day = f"{write.name} template", write.day
     rows = []
     for example in examples:
-        text = prompt_text(example, report.source, tokenizer, template)
-        prompt, completion, joined = prompt_ids(text, tokenizer, template), [], True
+        text = write.prompt_text(example, report.source)
+        prompt, completion, joined = write.prompt_ids(text), [], True
         if example.references:
-            completion, joined = completion_ids(example, text, prompt, tokenizer, template)
+            completion, joined = write.completion_ids(example, text, prompt)
         if exclude is not None and _keys(example, text) in exclude:
             report.drop(f"rows that are in {exclude.source}", example.line)
         elif len(prompt) > max_prompt_length:
@@ -306,18 +312,24 @@ def tokenize(
     return Rows(rows, report)
 
 
-def read_prompts(source: str, tokenizer, template: str, skip_malformed: bool = False) -> Prompts:
+def read_prompts(
+    source: str, tokenizer, template: str, skip_malformed: bool = False, day: str = ""
+) -> Prompts:
     """The prompts of a data set, of the split to evaluate on where it has several."""
     splits = (*EVALUATED, "train")  # many a test set on the Hub has that one alone
     examples, report = read_examples(source, split=splits, skip_malformed=skip_malformed)
-    template = template_for(template, report.form, tokenizer)
-    texts = (prompt_text(e, report.source, tokenizer, template) for e in examples)
+    write = Template.of(template, report.form, tokenizer, day)
+    texts = (write.prompt_text(e, report.source) for e in examples)
     known = (key for e, text in zip(examples, texts, strict=True) for key in _keys(e, text))
     return Prompts(report.source, frozenset(known))
 
 
 def rows_from(
-    records: Iterable[Mapping], tokenizer, max_prompt_length: int, max_completion_length: int
+    records: Iterable[Mapping],
+    tokenizer,
+    max_prompt_length: int,
+    max_completion_length: int,
+    day: str = "",
 ) -> Rows:
     """Tokenised rows of a `datasets.Dataset` or a list of dicts, or of any other data set of dicts:
     it is read to its end, so it must have one."""
@@ -329,7 +341,7 @@ def rows_from(
         records = map(records.__getitem__, range(len(records)))
     examples, report = examples_from(records, Report(source="dataset"))
     limits = dict(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
-    return tokenize(examples, report, tokenizer, **limits)
+    return tokenize(examples, report, tokenizer, **limits, day=day)
 
 
 def _keys(example: Example, text: str) -> tuple:

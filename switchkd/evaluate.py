@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
@@ -25,7 +26,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from switchkd import adapters, metrics
-from switchkd.checkpoint import read_settings
+from switchkd.checkpoint import settings_of
 from switchkd.command_line import Parser
 from switchkd.data import Row, read_examples, tokenize
 from switchkd.devices import find_device
@@ -40,6 +41,7 @@ from switchkd.models import (
 )
 from switchkd.records import EVALUATED
 from switchkd.rollout import Sampling, check_lengths
+from switchkd.templates import TEMPLATES, with_kwargs
 from switchkd.vocabulary import Vocabulary, share_vocabulary
 
 CONFIGS = (  # beside the weights, and not all *.json: results may be written into the folder
@@ -62,6 +64,7 @@ class Checkpoint:
     gguf_file: str | None
     layers: str | None
     tokenizer: object
+    template: str = "auto"
 
     def load(self, args: EvalArguments, device: torch.device):
         """The model, ready to decode; ValueError for weights or lengths that cannot work."""
@@ -118,16 +121,19 @@ def load_checkpoints(args: EvalArguments) -> list[Checkpoint]:
     for label, (name, adapter), revision, gguf, layers in zip(
         args.labels, names, *options, strict=True
     ):
-        if adapter is not None:  # the base is what the run has begun with
-            run = read_settings(adapter)
-            if run.get("model_name_or_path") == name:
-                gguf = gguf or run.get("gguf_file")
-                revision = revision or run.get("model_revision")
+        run = settings_of(adapter or name)
+        if adapter is not None and run.get("model_name_or_path") == name:
+            gguf = gguf or run.get("gguf_file")  # the base is what the run has begun with
+            revision = revision or run.get("model_revision")
         tokenizer = load_tokenizer(
             name, gguf_file=gguf, revision=revision or "main",
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
-        found.append(Checkpoint(label, name, revision, adapter, gguf, layers, tokenizer))
+        told = args.chat_template_kwargs or run.get("chat_template_kwargs")
+        template = run.get("template") if args.template == "auto" else args.template
+        template = template if template in TEMPLATES else "auto"
+        place = label, name, revision, adapter, gguf, layers
+        found.append(Checkpoint(*place, with_kwargs(tokenizer, told), template))
     return found
 
 
@@ -135,10 +141,14 @@ def load_checkpoints(args: EvalArguments) -> list[Checkpoint]:
 
 
 def read_set(
-    source: Source, checkpoints: Sequence[Checkpoint], args: EvalArguments, console: Console
+    source: Source,
+    checkpoints: Sequence[Checkpoint],
+    args: EvalArguments,
+    console: Console,
+    day: str = "",
 ) -> list[list[Row]]:
     """The rows with a reference as each checkpoint reads them: those that are short enough for all,
-    or scores could not be compared."""
+    or scores could not be compared. day: see `data.tokenize`."""
     limit = min((n for n in (source.first, args.limit) if n is not None), default=None)
     examples, report = read_examples(
         source.files[0],
@@ -149,7 +159,7 @@ def read_set(
     examples = [e for e in examples if e.references]
     if not examples:
         raise ValueError(f"{report.source}: got no row with a reference")
-    read = []
+    read, said = [], set()
     for checkpoint in checkpoints:
         mine = copy.deepcopy(report)
         rows = tokenize(
@@ -158,9 +168,11 @@ def read_set(
             checkpoint.tokenizer,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=sys.maxsize,  # references are only compared with, never fed
-            template=args.template,
+            template=checkpoint.template,
+            day=day,
         ).rows
-        if not read or len(rows) != len(read[0]):
+        said.add(mine.template)
+        if not read or len(rows) != len(read[0]) or len(said) > 1:
             console.print(f"{checkpoint.label}, {mine}", markup=False, highlight=False)
         read.append(rows)
     fit = set.intersection(*({row.id for row in rows} for rows in read))
@@ -227,15 +239,18 @@ def responses_file(folder: str, label: str, name: str) -> Path:
 
 
 def begin(args: EvalArguments) -> dict:
-    """The results so far; ValueError if those in the file were made with other settings."""
+    """The results so far, with the day that their prompts may tell; ValueError if those in the file
+    were made with other settings."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    path = Path(args.json)
+    path, day = Path(args.json), date.today().isoformat()
     if args.overwrite or not path.exists():
-        return {"settings": settings, "sets": {}, "models": {}}
+        return {"settings": settings, "day": day, "sets": {}, "models": {}}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        day = results.get("day", day)
         results = {key: results[key] for key in ("settings", "sets", "models")}
-        before = {"no_repeat_ngram_size": 0} | results["settings"]  # files of before it was one
+        added = {"no_repeat_ngram_size": 0, "chat_template_kwargs": None}  # since there are files
+        before = added | results["settings"]
         before = {name: before[name] for name in SETTINGS}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"json: {path} holds something else; expected a new file") from None
@@ -245,7 +260,7 @@ def begin(args: EvalArguments) -> dict:
                 f"json: {path} holds results with {name} {before[name]}, got {value}; expected "
                 "equal settings, another file, or --overwrite true"
             )
-    return results | {"settings": settings}
+    return results | {"settings": settings, "day": day}
 
 
 def write(path: str, text: str) -> None:
@@ -340,7 +355,7 @@ def run(args: EvalArguments, console: Console) -> dict:
     checkpoints = load_checkpoints(args)
     read = {}
     for name, source in sets.items():  # all data first: a bad file should not cost an hour
-        read[name] = read_set(source, checkpoints, args, console)
+        read[name] = read_set(source, checkpoints, args, console, results["day"])
         note_set(results, name, source, read[name][0])
     for i, checkpoint in enumerate(checkpoints):
         mine = {name: rows[i] for name, rows in read.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from switchkd.arguments import expect, option
+from switchkd.arguments import expect, option, read_mapping
 from switchkd.models import EMBEDDED
 from switchkd.records import EVALUATED
 from switchkd.templates import TEMPLATES
@@ -70,7 +70,10 @@ class EvalArguments:
     batch_size: int = option("Rows decoded together.", 32)
     max_new_tokens: int = option("Response tokens at most.", 256)
     max_prompt_length: int = option("Prompt tokens at most; longer rows are left out.", 256)
-    template: str = option(f"One of {', '.join(TEMPLATES)}.", "auto")
+    template: str = option(f"One of {', '.join(TEMPLATES)}; auto: as in a model's run.", "auto")
+    chat_template_kwargs: str | None = option(
+        'What chat templates are told: {"enable_thinking": false}. Default: as in a model\'s run.'
+    )
     json: str = option("Results, kept from run to run.", "switchkd_evaluation.json")
     markdown: str | None = option("Write the table to this Markdown file, too.")
     save_responses: str | None = option("Write every response to this folder.")
@@ -96,6 +99,7 @@ class EvalArguments:
         need("temperature", self.temperature >= 0, "a number >= 0")
         need("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "an integer >= 0")
         need("template", self.template in TEMPLATES, f"one of {', '.join(TEMPLATES)}")
+        read_mapping(self, "chat_template_kwargs")
 
 
 SETTINGS = (
@@ -106,6 +110,7 @@ SETTINGS = (
     "max_new_tokens",
     "max_prompt_length",
     "template",
+    "chat_template_kwargs",
 )
 
 

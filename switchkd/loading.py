@@ -11,7 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from switchkd import checks
-from switchkd.arguments import ScriptArguments
+from switchkd.arguments import ScriptArguments, expect
 from switchkd.config import SwitchConfig
 from switchkd.data import Report, Rows, read_examples, read_prompts, tokenize
 from switchkd.models import (
@@ -23,6 +23,7 @@ from switchkd.models import (
 )
 from switchkd.quantization import quantization_config
 from switchkd.rollout import check_lengths
+from switchkd.templates import with_kwargs
 from switchkd.vocabulary import check_tables
 
 
@@ -56,13 +57,17 @@ def teacher_place(script: ScriptArguments, config: SwitchConfig) -> dict | None:
 
 
 def load_tokenizers(script: ScriptArguments, config: SwitchConfig) -> tuple:
-    """(the student's, the teacher's or None); ValueError if their tokens differ."""
+    """(the student's, which writes for both, the teacher's or None); ValueError if their tokens
+    differ."""
     mine, place = load_tokenizer(**student_place(script)), teacher_place(script, config)
+    told = config.chat_template_kwargs
+    expect(config, "chat_template_kwargs", not told or script.template in ("auto", "chat"),
+           f"none with template {script.template}")  # fmt: skip
     if place is None:
-        return mine, None
+        return with_kwargs(mine, told), None
     theirs = load_tokenizer(**place)
     check_tables(theirs, mine)
-    return mine, theirs
+    return with_kwargs(mine, told), theirs
 
 
 def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
@@ -93,12 +98,16 @@ def check_options(script: ScriptArguments, config: SwitchConfig) -> None:
         raise ValueError(f"lr_scheduler_kwargs: got {options} for {name}: {error}") from None
 
 
-def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple[Rows, Rows]:
-    """Tokenised training and validation rows; validation is held out of training if not named."""
+def load_data(
+    script: ScriptArguments, config: SwitchConfig, tokenizer, day: str = ""
+) -> tuple[Rows, Rows]:
+    """Tokenised training and validation rows; validation is held out of training if not named.
+    day: see `data.tokenize`."""
     options = dict(
         max_prompt_length=config.max_prompt_length,
         max_completion_length=script.max_response_length or config.max_new_tokens,
         template=script.template,
+        day=day,
     )
     skip = script.skip_malformed
     examples, report = read_examples(
@@ -109,7 +118,8 @@ def load_data(script: ScriptArguments, config: SwitchConfig, tokenizer) -> tuple
     )
     exclude = None
     if script.exclude_dataset_name is not None:
-        exclude = read_prompts(script.exclude_dataset_name, tokenizer, script.template, skip)
+        named = script.exclude_dataset_name
+        exclude = read_prompts(named, tokenizer, script.template, skip, day)
     if script.eval_dataset_name is not None:
         held_out, eval_report = read_examples(
             script.eval_dataset_name,

@@ -18,7 +18,6 @@ REPLACED = {  # options of TRL without a counterpart: what to give instead
     "load_in_4bit": "student_quantization, teacher_quantization",
     "load_in_8bit": "student_quantization, teacher_quantization",
     "chat_template_path": "template, or the tokenizer's own",
-    "chat_template_kwargs": "template, or the tokenizer's own",
     "pad_token": "none: the tokenizer's own",
     "eos_token": "none: the tokenizer's own",
     "generation_kwargs": "top_k, top_p, min_p",

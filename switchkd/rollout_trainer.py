@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,9 @@ from tqdm.auto import tqdm
 
 from switchkd import losses
 from switchkd.cache import capacity_for
-from switchkd.checkpoint import last_checkpoint
-from switchkd.data import Row
+from switchkd.checkpoint import day_of, last_checkpoint
+from switchkd.config import SwitchConfig
+from switchkd.data import Row, Rows, rows_from
 from switchkd.decoder import rollout as block_rollout
 from switchkd.distributed import ShardedTrainer
 from switchkd.engine import Engine
@@ -21,11 +23,24 @@ from switchkd.mixture import Mixture, Text
 from switchkd.models import count_parameters, evaluating
 from switchkd.rollout import Rollout, rollout_in_batches
 
+log = logging.getLogger(__name__)
+
 
 class RolloutTrainer(ShardedTrainer):
     """`roll_out`, on what SwitchTrainer sets up."""
 
     _said: tuple = (None, None)
+
+    @staticmethod
+    def read_rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
+        """Tokenised rows of a data set in any form, of the day of the run in output_dir."""
+        if dataset is None or isinstance(dataset, Rows):
+            return dataset
+        sizes, day = (args.max_prompt_length, args.max_new_tokens), day_of(args.output_dir)
+        rows = rows_from(dataset, tokenizer, *sizes, day)
+        if rows.report.left_out and args.process_index == 0:
+            log.warning("note: %s", rows.report)
+        return rows
 
     def adopt_arguments(self, anew: bool = False) -> None:
         """Take what `args` say now, for they may change between two runs; a policy that was set by

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, partial
 
 from jinja2 import TemplateError
 
@@ -10,6 +16,9 @@ TEMPLATES = ("auto", "chat", "alpaca", "none")
 # The template of MiniLLM and SWITCH (arXiv 2410.19503, Fig. 4), for tokenizers without their own.
 _HEADER = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"  # noqa: E501
 MARK = "\ue000"  # stands for a response, to see what a template writes around it
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TOLD = re.compile(r"^(?:\{% set (\w+) = \1 if \1 is defined else .* %\}\n)+")  # by with_kwargs
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -20,131 +29,192 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"{header}### Instruction:\n{instruction}\n\n{context}### Response:\n"
 
 
-def template_for(template: str, form: str, tokenizer) -> str:
-    """The template of rows of this form."""
-    if template not in TEMPLATES:
-        raise ValueError(f"template: got {template!r}, expected one of {', '.join(TEMPLATES)}")
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("template: got 'chat', but the tokenizer has no chat template")
-    if template != "auto":
-        return template
-    plain = "none" if form == "prompt/completion" else "alpaca"
-    return "chat" if tokenizer.chat_template else plain
+def with_kwargs(tokenizer, kwargs: Mapping | None):
+    """The tokenizer with a chat template that knows these values, unless it is handed others: what
+    is saved with a student writes prompts as its training did.
 
-
-def prompt_text(example, source: str, tokenizer, template: str) -> str:
-    messages, where = example.messages, f"{source}, line {example.line}"
-    if template == "chat":
-        how = {"continue_final_message" if example.begun else "add_generation_prompt": True}
-        try:
-            return _rendered(tokenizer, example.plain, **how)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: the tokenizer's chat template says: {error}") from None
-    if len(messages) > 1:
-        has = "the tokenizer has no chat template"
-        if tokenizer.chat_template:
-            has = f"the template {template} has no way"
-        raise ValueError(
-            f"{where}: got {len(messages)} prompt messages, but {has} "
-            "to join them; expected a single user message"
-        )
-    message = messages[0]
-    if template == "alpaca":
-        return alpaca_prompt(message["content"], message.get("input", ""))
-    return message["content"]
-
-
-def prompt_ids(text: str, tokenizer, template: str) -> list[int]:
-    """With the special tokens that begin a text, which a chat template writes itself; without an
-    EOS that the tokenizer puts after each text: the response would begin behind its own end."""
-    ids = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
-    if template != "chat" and ids[-1:] == [tokenizer.eos_token_id]:
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids if ids[-len(own) :] == own else ids[:-1]
-    return ids
-
-
-def completion_ids(
-    example, text: str, prompt: Sequence[int], tokenizer, template: str
-) -> tuple[list[int], bool]:
-    """The first reference and its end, as it follows the prompt; whether it does.
-
-    Prompt and response are tokenised as one text, as MiniLLM and TRL do: apart, SentencePiece
-    would begin the response with a space, and a template may write more than the response: a turn
-    has an end of its own (Gemma, Phi), and there may be an empty thought before (Qwen3). Where
-    the prompt's tokens are not those that begin the whole, the response stands for itself.
+    Returns a copy. Raises ValueError for names that the template does not use.
     """
-    response, end = example.references[0], tokenizer.eos_token_id
-    if template == "chat":
-        whole = _conversation(tokenizer, example, response)
-        ids = [] if whole is None else _tokens(tokenizer, whole)
-        end = turn_end(tokenizer)
-    else:
-        ids = prompt_ids(text + response, tokenizer, template)
-    joined = ids[: len(prompt)] == list(prompt)
-    ids = ids[len(prompt) :] if joined else _tokens(tokenizer, response)
-    ended = ids[-1:] and ids[-1] in {tokenizer.eos_token_id, end, *_specials(tokenizer).values()}
-    return ids if ended else [*ids, end], joined
+    if not kwargs:
+        return tokenizer
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        has = "several" if template else "no"
+        raise ValueError(
+            f"chat_template_kwargs: got {kwargs}, but the tokenizer has {has} chat templates"
+        )
+    values = ""
+    for name, value in kwargs.items():
+        if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"chat_template_kwargs: got {name}, expected a name that the chat template takes"
+            )
+        # On a line of its own, of which transformers' Jinja leaves nothing.
+        values += f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}\n"
+    if template.startswith(values):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = values + template
+    return tokenizer
 
 
-def turn_end(tokenizer) -> int:
-    """The token that ends a response: EOS, or what the chat template writes behind it."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    try:
-        end = _behind(_rendered(tokenizer, messages), tokenizer)[1]
-    except (TemplateError, TypeError, ValueError):  # a row will say so
-        end = ""
-    return _specials(tokenizer).get(end, tokenizer.eos_token_id)
+def same_template(one, other) -> bool:
+    """Whether two tokenizers have one chat template, apart from values that `with_kwargs` told."""
+    bare = (TOLD.sub("", str(tokenizer.chat_template)) for tokenizer in (one, other))
+    return len({*bare}) == 1
 
 
-def _tokens(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _literal(value) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        pairs = (f"{_literal(str(key))}: {_literal(inner)}" for key, inner in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _specials(tokenizer) -> dict[str, int]:
-    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+@dataclass(frozen=True)
+class Template:
+    """How a tokenizer's prompts and responses are written: as `name` of TEMPLATES says, and on
+    `day` (ISO), for chat templates that write the date: rows must not change overnight."""
 
+    tokenizer: object
+    name: str = "chat"
+    day: str = ""
 
-def _behind(text: str, tokenizer) -> tuple[str, str]:
-    """What a template writes behind MARK, up to the first special token, and that; else nothing."""
-    tail = text.rpartition(MARK)[2]
-    found = [(tail.index(token), token) for token in _specials(tokenizer) if token in tail]
-    at, token = min(found, default=(0, ""))
-    return tail[: at + len(token)], token
+    @classmethod
+    def of(cls, name: str, form: str, tokenizer, day: str = "") -> Template:
+        """The template of rows of this form; of today, if no day is given."""
+        if name not in TEMPLATES:
+            raise ValueError(f"template: got {name!r}, expected one of {', '.join(TEMPLATES)}")
+        if name == "chat" and not tokenizer.chat_template:
+            raise ValueError("template: got 'chat', but the tokenizer has no chat template")
+        if name == "auto":
+            plain = "none" if form == "prompt/completion" else "alpaca"
+            name = "chat" if tokenizer.chat_template else plain
+        return cls(tokenizer, name, day or date.today().isoformat())
 
+    def prompt_text(self, example, source: str) -> str:
+        messages, where = example.messages, f"{source}, line {example.line}"
+        if self.name == "chat":
+            how = {"continue_final_message" if example.begun else "add_generation_prompt": True}
+            try:
+                return self._rendered(example.plain, **how)
+            except (TemplateError, TypeError, ValueError) as error:
+                raise ValueError(f"{where}: the tokenizer's chat template says: {error}") from None
+        if len(messages) > 1:
+            has = "the tokenizer has no chat template"
+            if self.tokenizer.chat_template:
+                has = f"the template {self.name} has no way"
+            raise ValueError(
+                f"{where}: got {len(messages)} prompt messages, but {has} "
+                "to join them; expected a single user message"
+            )
+        message = messages[0]
+        if self.name == "alpaca":
+            return alpaca_prompt(message["content"], message.get("input", ""))
+        return message["content"]
 
-def _conversation(tokenizer, example, response: str) -> str | None:
-    """Prompt and response with its end as text; None where the template refuses them, or writes
-    something else than the response, as some do with thoughts."""
-    messages, begun = example.plain, ""
-    if example.begun:
-        begun = messages.pop()["content"]
+    def prompt_ids(self, text: str) -> list[int]:
+        """With the special tokens that begin a text, which a chat template writes itself; without
+        an EOS that the tokenizer puts after each text: the response would begin behind its own
+        end."""
+        if self.name == "chat":
+            return self._tokens(text)
+        ids = self.tokenizer(text)["input_ids"]
+        if ids[-1:] == [self.tokenizer.eos_token_id]:
+            own = self._tokens(text)
+            return ids if ids[-len(own) :] == own else ids[:-1]
+        return ids
 
-    def written(text: str) -> str:
-        answer = {"role": "assistant", "content": begun + text}
-        return _rendered(tokenizer, [*messages, answer])
+    def completion_ids(self, example, text: str, prompt: Sequence[int]) -> tuple[list[int], bool]:
+        """The first reference and its end, as it follows the prompt; whether it does.
 
-    try:
-        whole, marked = written(response), written(MARK)
-    except (TemplateError, TypeError, ValueError):
-        return None
-    before, _, after = marked.rpartition(MARK)
-    inside = whole.removeprefix(before).removesuffix(after)
-    if before + inside + after != whole or inside.strip() != response.strip():
-        return None
-    ended = any(inside.endswith(token) for token in _specials(tokenizer))
-    return before + inside + ("" if ended else _behind(marked, tokenizer)[0])
+        Prompt and response are tokenised as one text, as MiniLLM and TRL do: apart, SentencePiece
+        would begin the response with a space, and a template may write more than the response: a
+        turn has an end of its own (Gemma, Phi), and there may be an empty thought before (Qwen3).
+        Where the prompt's tokens are not those that begin the whole, the response stands for
+        itself.
+        """
+        response, end = example.references[0], self.tokenizer.eos_token_id
+        if self.name == "chat":
+            whole = self._conversation(example, response)
+            ids = [] if whole is None else self._tokens(whole)
+            end = self.turn_end
+        else:
+            ids = self.prompt_ids(text + response)
+        joined = ids[: len(prompt)] == list(prompt)
+        ids = ids[len(prompt) :] if joined else self._tokens(response)
+        eos = self.tokenizer.eos_token_id
+        ended = ids[-1:] and ids[-1] in {eos, end, *self._specials.values()}
+        return ids if ended else [*ids, end], joined
 
-
-def _rendered(tokenizer, messages: list[Mapping], **how) -> str:
-    """Templates of models that see may take content in parts alone, and leave a string out."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    said = messages[-1]["content"].strip()
-    if said not in text:
-        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    @cached_property
+    def turn_end(self) -> int:
+        """The token that ends a response: EOS, or what the chat template writes behind it."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
-            other = tokenizer.apply_chat_template(parts, tokenize=False, **how)
+            end = self._behind(self._rendered(messages))[1]
+        except (TemplateError, TypeError, ValueError):  # a row will say so
+            end = ""
+        return self._specials.get(end, self.tokenizer.eos_token_id)
+
+    @cached_property
+    def _dated(self) -> str | None:
+        """The chat template with the date it is to write; None for the tokenizer's as it is."""
+        template = self.tokenizer.chat_template
+        if not (self.day and isinstance(template, str)):
+            return None
+        day = date.fromisoformat(self.day)
+        return NOW.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: i for i, token in added.items() if token.special}
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _behind(self, text: str) -> tuple[str, str]:
+        """What is written behind MARK, up to the first special token, and that; else nothing."""
+        tail = text.rpartition(MARK)[2]
+        found = [(tail.index(token), token) for token in self._specials if token in tail]
+        at, token = min(found, default=(0, ""))
+        return tail[: at + len(token)], token
+
+    def _conversation(self, example, response: str) -> str | None:
+        """Prompt and response with its end as text; None where the template refuses them, or writes
+        something else than the response, as some do with thoughts."""
+        messages, begun = example.plain, ""
+        if example.begun:
+            begun = messages.pop()["content"]
+
+        def written(text: str) -> str:
+            return self._rendered([*messages, {"role": "assistant", "content": begun + text}])
+
+        try:
+            whole, marked = written(response), written(MARK)
         except (TemplateError, TypeError, ValueError):
-            return text
-        return other if said in other else text
-    return text
+            return None
+        before, _, after = marked.rpartition(MARK)
+        inside = whole.removeprefix(before).removesuffix(after)
+        if before + inside + after != whole or inside.strip() != response.strip():
+            return None
+        ended = any(inside.endswith(token) for token in self._specials)
+        return before + inside + ("" if ended else self._behind(marked)[0])
+
+    def _rendered(self, messages: list[Mapping], **how) -> str:
+        """Templates of models that see may take content in parts alone, and leave a string out."""
+        how |= {"tokenize": False, "chat_template": self._dated}
+        write = partial(self.tokenizer.apply_chat_template, **how)
+        text, said = write(messages), messages[-1]["content"].strip()
+        if said not in text:
+            parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            try:
+                other = write(parts)
+            except (TemplateError, TypeError, ValueError):
+                return text
+            return other if said in other else text
+        return text

@@ -71,7 +71,8 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     resume = check_output(script, config)
     tokenizer, teacher_tokenizer = load_tokenizers(script, config)
     check_options(script, config)
-    train_rows, eval_rows = load_data(script, config, tokenizer)
+    day = read_run_state(resume).get("day", "") if resume else ""
+    train_rows, eval_rows = load_data(script, config, tokenizer, day)
     for rows in (train_rows, eval_rows):
         console.print(str(rows.report), markup=False, highlight=False)
     if resume is not None:

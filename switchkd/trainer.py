@@ -38,10 +38,11 @@ from switchkd.checkpoint import (
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
-from switchkd.data import Row, Rows, rows_from, text_blocks
+from switchkd.data import Row, text_blocks
 from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Rollout, Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer
+from switchkd.templates import with_kwargs
 from switchkd.vocabulary import share_vocabulary
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class SwitchTrainer(RolloutTrainer):
                 f"teacher_model: got None, but rollout_policy {args.rollout_policy} with loss_type "
                 f"{args.loss_type} needs one"
             )
+        processing_class = with_kwargs(processing_class, args.chat_template_kwargs)
         self.vocabulary = share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
         )
@@ -122,8 +124,8 @@ class SwitchTrainer(RolloutTrainer):
         if args.lm_file is not None and args.lm_coef > 0:
             width = args.max_prompt_length + args.max_new_tokens
             self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
-        train_rows = self._rows(train_dataset, processing_class, args)
-        eval_rows = self._rows(eval_dataset, processing_class, args)
+        train_rows = self.read_rows(train_dataset, processing_class, args)
+        eval_rows = self.read_rows(eval_dataset, processing_class, args)
         checks.check_rows(train_rows, args)
         checks.check_validation(eval_rows, args, teacher_model is not None)
         super().__init__(
@@ -145,15 +147,6 @@ class SwitchTrainer(RolloutTrainer):
         self.totals = {"tokens": 0, "teacher_tokens": 0, "rollout_seconds": 0.0, "seconds": 0.0}
         self.before: dict[str, float] | None = None
         self._clock: float | None = None  # since when time counts as training
-
-    @staticmethod
-    def _rows(dataset, tokenizer, args: SwitchConfig) -> Rows | None:
-        if dataset is None or isinstance(dataset, Rows):
-            return dataset
-        rows = rows_from(dataset, tokenizer, args.max_prompt_length, args.max_new_tokens)
-        if rows.report.left_out and args.process_index == 0:
-            log.warning("note: %s", rows.report)
-        return rows
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `transformers.Trainer`; a resumed run goes on as if it had not been interrupted."""
@@ -315,7 +308,7 @@ class SwitchTrainer(RolloutTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if given is None:
             raise ValueError("eval_dataset: got None here and in SwitchTrainer, expected rows")
-        rows = self._rows(given, self.processing_class, self.args).rows
+        rows = self.read_rows(given, self.processing_class, self.args).rows
         mine = rows[self.args.process_index :: self.args.world_size]
         start, decoding = time.perf_counter(), self._student_for_decoding()
         bar = self._bar(None, f"validation on {len(mine)} rows", "token")
@@ -383,6 +376,7 @@ class SwitchTrainer(RolloutTrainer):
             "rows_per_step": self.args.rows_per_step,
             "rows_per_batch": self.args.rows_per_batch,
             "rows": self.train_dataset.digest,
+            "day": self.train_dataset.report.day,
         }
 
     def load_run_state(self, checkpoint: str) -> None:

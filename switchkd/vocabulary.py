@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from switchkd.models import count_parameters, head_of
-from switchkd.templates import turn_end
+from switchkd.templates import Template, same_template
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Vocabulary:
 def _eos_ids(model, tokenizer) -> set[int]:
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return {tokenizer.eos_token_id, turn_end(tokenizer), *ids}
+    return {tokenizer.eos_token_id, Template(tokenizer).turn_end, *ids}
 
 
 def check_tables(teacher_tokenizer, tokenizer) -> None:
@@ -57,7 +57,7 @@ def share_vocabulary(teacher, student, teacher_tokenizer, tokenizer) -> Vocabula
                 "any of them ends a response"
             )
             eos |= teacher_eos
-        if teacher_tokenizer.chat_template != tokenizer.chat_template:
+        if not same_template(teacher_tokenizer, tokenizer):
             notes.append("chat templates differ: the student's, or none, is used for both models")
         theirs, ours = (x("It is so.")["input_ids"] for x in (teacher_tokenizer, tokenizer))
         if theirs != ours:

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.data import Report, examples_from, tokenize
-from switchkd.templates import turn_end
+from switchkd.templates import Template
 
 LOOP = "{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
@@ -79,7 +79,7 @@ def test_a_response_is_what_the_template_writes_behind_the_prompt(template, comp
     assert "Why?" in tokenizer.decode(row.prompt_ids)
     assert rows.report.apart == ([1] if template == FORGETS else [])
     assert ("writes otherwise, as they are: line 1" in str(rows.report)) == (template == FORGETS)
-    assert turn_end(tokenizer) == row.completion_ids[-1]
+    assert Template(tokenizer).turn_end == row.completion_ids[-1]
     if template in (TURNS, THOUGHT):
         turns = [
             {"role": "user", "content": "Why?"},
