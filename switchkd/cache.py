@@ -116,6 +116,7 @@ class RowCache(Cache):
 
     def begin(self, rows: list[int]) -> None:
         """Nothing precedes the next tokens of slots `rows`."""
+        self.since[rows] = 0
         for layer in self.layers:
             for store in layer.state.stores():
                 store[rows] = 0

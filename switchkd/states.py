@@ -134,8 +134,10 @@ class State:
             out, _ = run(*behind(drafts, query, given), self.state[where])
             out = out[:, owner.more - 1 :]
         else:  # the tokens of the last round that were accepted, and the first of these, stand
-            last = owner.since[where][:, None] + torch.arange(owner.unsettled, device=device)
-            stand = torch.cat([last < positions[:, :1], torch.ones_like(rows[:, None]) > 0], 1)
+            since, now = owner.since[where][:, None], positions[:, :1]
+            last = since + torch.arange(owner.unsettled, device=device)
+            # Unless the state has it: what becomes a graph is called more than once.
+            stand = torch.cat([last < now, since <= now], 1)
             first = behind(last, query[:, :1], [x[:, :1] for x in given])
             out, self.state[where] = run(*first, self.state[where], stand)
             out = out[:, owner.unsettled :]
