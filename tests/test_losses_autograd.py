@@ -108,6 +108,24 @@ def test_float16_autocast_takes_what_can_multiply_in_it():
 
 
 @every
+def test_autocast_leaves_the_sum_of_a_weighted_bias_in_float32(impl):
+    hidden, weight = torch.randn(400, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    bias = torch.zeros(20, device=DEVICE, requires_grad=True)
+
+    def gradient(row_weights):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = linear_divergence_loss(
+                hidden, weight, hidden.flip(0), weight, student_bias=bias,
+                row_weights=row_weights, impl=impl, kind="tvd",
+            )  # fmt: skip
+        return torch.autograd.grad(loss, bias)[0]
+
+    want = gradient(None)
+    got = gradient(torch.ones(400, device=DEVICE))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@every
 def test_a_weight_of_zero_is_not_the_default(impl):
     hidden, weight = torch.randn(6, 4, device=DEVICE), torch.randn(9, 4, device=DEVICE)
     options = {"kind": "cross_entropy", "labels": torch.arange(6, device=DEVICE), "impl": impl}

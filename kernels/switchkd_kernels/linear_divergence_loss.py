@@ -74,9 +74,10 @@ def _walk(
         if teacher[0] is not None:
             z_t = _product(teacher[0][part], teacher[1], size, kernel)
         label = None if labels is None else labels[part]
-        if options.impl == "cpu":
-            args = (z_t, z_s, biases, label, any(needs), options, rows[part])
-            loss[part], grad = _cpu.head_chunk(*args)
+        if options.impl == "cpu":  # no other name for the products: they go at the end of a turn
+            loss[part], grad = _cpu.head_chunk(
+                z_t, z_s, biases, label, any(needs), options, rows[part]
+            )
         elif kernel:
             loss[part], grad = launch(z_t, z_s, biases, label, any(needs), options)
         else:
@@ -97,7 +98,7 @@ def _walk(
         if needs[2] and row_weights is None:
             grad_bias[:size] += grad.sum(0, dtype=dtype)
         elif needs[2]:
-            grad_bias[:size] += w @ grad.to(dtype)
+            grad_bias[:size].addmv_(grad.t().to(dtype), w)  # in place: autocast leaves it alone
         del z_s, z_t, grad  # before the next chunk takes as much
     return loss, grad_hidden, weight_grad, grad_bias
 
