@@ -179,6 +179,45 @@ def test_whatever_holds_the_numbers(impl):
     assert draw(z[:0], impl, sequence_ids=[], positions=[]).shape == (0,)
 
 
+@pytest.fixture
+def defaults():
+    """Sets torch's default dtype and device, for the test alone."""
+
+    def set_defaults(dtype=torch.float32, device=None):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+
+    yield set_defaults
+    set_defaults()
+
+
+@every
+def test_a_list_of_thresholds_keeps_its_digits_whatever_the_default_dtype(impl, defaults):
+    teacher, student = torch.randn(2, 4, 6, device=DEVICE)
+    near = [float(d) * (1 - 1e-5) for d in jsd(teacher, student, impl=impl)]
+    defaults(torch.bfloat16)
+    assert switch_select(teacher, student, near, impl=impl, **KEY).from_teacher.all()
+    defaults()
+    if impl == "reference":
+        pair = teacher.double(), student.double()
+        near = [float(d) * (1 - 1e-12) for d in jsd(*pair)]
+        assert switch_select(*pair, near, **KEY).from_teacher.all()
+
+
+@every
+def test_lists_and_numbers_whatever_the_default_device(impl, defaults):
+    z = torch.randn(4, 6, device=DEVICE)
+    options = {"sequence_ids": [0, 1, 2, 3], "positions": [2] * 4}
+
+    def run():
+        chosen = select(z, impl, [0.0] * 4, **options)
+        return *chosen, draw(z, impl, **options), loss(z, impl), linear(z, impl)
+
+    want = run()
+    defaults(device="meta")  # where nothing has a value
+    assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True))
+
+
 @every
 @pytest.mark.parametrize("kind", ["skew_kl", "skew_reverse_kl", "generalized_jsd"])
 @pytest.mark.parametrize("weight", [1e-4, 1 - 1e-4])

@@ -147,9 +147,11 @@ def at_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def as_tensor(name: str, value, device: torch.device | None = None) -> Tensor:
+def as_tensor(name: str, value, device=None, dtype: torch.dtype | None = None) -> Tensor:
+    if isinstance(value, Tensor):  # torch.as_tensor would take it to the default device
+        return value if device is None else value.to(device)
     try:
-        return torch.as_tensor(value, device=device)
+        return torch.as_tensor(value, device=device, dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         got = type(value).__name__
         raise TypeError(f"{name} must be a number or numbers, got {got}: {error}") from error
@@ -198,8 +200,10 @@ def per_row(
     """One int64 below `limit`, or without one of `dtype`, a row: (rows,), stride 0 for a number.
 
     Values that are on an accelerator already are not looked at: that would wait for the device.
+    Others are read as they are, whatever default device and dtype torch has been given.
     """
-    tensor = as_tensor(name, value)
+    here = value.device if isinstance(value, Tensor) else "cpu"
+    tensor = as_tensor(name, value, here, dtype if limit is None else None)
     if limit is not None:
         tensor = integers(name, tensor, limit, wait=False)
     elif at_hand(tensor) and has_nan(tensor):

@@ -223,9 +223,9 @@ class _Divergence(torch.autograd.Function):
 
 def _kept(teacher, student, mask, vocab_size):
     """The rows that count in their compute dtype, compared, and their indices."""
-    kept = torch.arange(student.shape[0]) if mask is None else mask.nonzero().squeeze(1)
+    rows = torch.arange(student.shape[0], device=student.device)
+    kept = rows if mask is None else rows[mask]
     dtype = check.compute_dtype(teacher, student)
-    kept = kept.to(student.device)
     pair = (x[kept, :vocab_size].to(dtype) for x in (teacher, student))
     return compare_rows(*pair, kept), kept
 
@@ -240,7 +240,7 @@ def _forward_op(
     pair, kept = _kept(teacher, student, mask, vocab_size)
     nats = values(pair, Form(kind, weight, detach))
     loss = nats.new_zeros(student.shape[0]).index_copy_(0, kept, nats)
-    return loss, torch.zeros(5, student.shape[0], device=student.device)
+    return loss, torch.zeros(5, student.shape[0], dtype=torch.float32, device=student.device)
 
 
 @_forward_op.register_fake
