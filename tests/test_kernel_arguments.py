@@ -21,6 +21,7 @@ from switchkd_kernels import (
     switch_select,
     uniform,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ZEROS = torch.zeros(4, 6, device=DEVICE)
 PATHS = {"PYTHONPATH": str(Path(_native.__file__).parents[1])}
@@ -242,6 +243,28 @@ def test_the_implementation_for_a_device_without_kernels():
     assert _backend.choose(None, nowhere) == "reference"
     with pytest.raises(RuntimeError, match="'triton' cannot run: the tensors are on meta"):
         _backend.choose("triton", nowhere)
+
+
+@pytest.mark.parametrize("nowhere", [FakeTensorMode, lambda: torch.device("meta")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_without_values_get_results_without_values(nowhere, dtype):
+    def run():
+        z = torch.zeros(4, 6, dtype=dtype)
+        learns = [torch.zeros(4, 6, dtype=dtype, requires_grad=True) for _ in range(3)]
+        mask, labels = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+        values = [
+            divergence_loss(z, learns[0], mask=mask),
+            jsd(z, learns[0], reduction="sum"),
+            linear_divergence_loss(z, z, *learns[1:], mask=mask, labels=labels, ce_weight=0.5),
+        ]
+        sum(values).backward()
+        chosen = select(z, None, [0.5] * 4, sequence_ids=labels)
+        return *values, *(x.grad for x in learns), *chosen, draw(z, None, sequence_ids=labels)
+
+    with nowhere():
+        got = run()
+    for a, b in zip(got, run(), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @pytest.mark.parametrize("op", [draw, select, loss])

@@ -150,3 +150,20 @@ def test_offsets_take_no_digits_from_log_probabilities():
     got = linear_divergence_loss(*args, kind="cross_entropy", labels=labels, impl="reference")
     want = torch.nn.functional.cross_entropy(z.double(), labels)
     torch.testing.assert_close(got.double(), want, **near)
+
+
+def test_a_graph_break_does_not_lose_what_an_op_cannot_take():
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(5, 8), torch.randn(20, 8, requires_grad=True)
+    row_weights = torch.rand(5)
+
+    def run(buffer):
+        return linear_divergence_loss(
+            hidden, weight.detach().flip(0), hidden, weight, weight_grad=buffer,
+            row_weights=row_weights,
+        )  # fmt: skip
+
+    want, got = torch.zeros(2, 20, 8)
+    values = run(want), torch.compile(run, backend="eager")(got)
+    torch.testing.assert_close((got, values[1]), (want, values[0]))
+    assert want.abs().sum() > 0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class InvalidLogits(ValueError):
@@ -142,9 +143,17 @@ def has_nan(tensor: Tensor) -> bool:
     return any(map(math.isnan, tensor.reshape(-1).tolist()))
 
 
+def valueless(*tensors: Tensor) -> bool:
+    """Whether any is fake or meta. Ask `is_compiling` where this is called, never in here: after a
+    graph break this function is compiled alone, and its caller is not."""
+    return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
 def at_hand(tensor: Tensor) -> bool:
     """Whether to look at its values waits for no accelerator and ends no trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or valueless(tensor):
+        return False
+    return tensor.device.type == "cpu"
 
 
 def as_tensor(name: str, value, device=None, dtype: torch.dtype | None = None) -> Tensor:
@@ -250,7 +259,7 @@ def flat_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     a_tensor("mask", mask)
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling():
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and not valueless(mask):
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask must be bool or hold only 0 and 1, got other values")
     return mask.reshape(-1).to(torch.bool)

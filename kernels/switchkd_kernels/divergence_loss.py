@@ -218,7 +218,7 @@ class _Divergence(torch.autograd.Function):
         return None, grad, None, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------- torch.compile
+# ------------------------------------------------------------ torch.compile, fake and meta tensors
 
 
 def _kept(teacher, student, mask, vocab_size):
@@ -300,7 +300,7 @@ def _rows(
     teacher, student = (
         check.unit_stride(x.reshape(-1, x.shape[-1])) for x in (teacher.detach(), student)
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or check.valueless(teacher, student):
         loss, _saved = _forward_op(teacher, student, mask, *form, size, impl)
     else:
         loss = _Divergence.apply(teacher, student, mask, impl, *form, size)
@@ -331,7 +331,7 @@ def jsd(
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or check.valueless(teacher_logits, student_logits):
         chosen = impl  # the op chooses, where it runs
     elif chosen == "reference":
         return reference.jsd(teacher_logits, student_logits, base=base, **options)
@@ -373,7 +373,7 @@ def divergence_loss(
     """
     chosen = backend.choose(impl, teacher_logits, student_logits)
     options = {"mask": mask, "vocab_size": vocab_size, "reduction": reduction}
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or check.valueless(teacher_logits, student_logits):
         chosen = impl
     elif chosen == "reference":
         return reference.divergence_loss(

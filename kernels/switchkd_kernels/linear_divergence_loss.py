@@ -131,7 +131,7 @@ def _choose(impl: str | None, given: tuple, biases: tuple, product_dtype) -> str
     return backend.choose(impl, *given, *biases, products)
 
 
-# ------------------------------------------------------------------------------- torch.compile
+# ------------------------------------------------------------ torch.compile, fake and meta tensors
 
 
 @torch.library.custom_op("switchkd::linear_divergence", mutates_args=())
@@ -214,7 +214,7 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}_bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != weight.dtype and not _autocasts(hidden):
         raise TypeError(
             f"{name}_hidden and {name}_weight must have one dtype outside autocast, got "
             f"{hidden.dtype} and {weight.dtype}"
@@ -224,8 +224,8 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
     if weight_grad is None:
         return
-    if torch.compiler.is_compiling():
-        raise ValueError("weight_grad is added to in place: not under torch.compile")
+    if torch.compiler.is_compiling() or check.valueless(weight):
+        raise ValueError("weight_grad is added to in place: not in a trace, nor of fake tensors")
     if weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32:
         raise ValueError(
             f"weight_grad must be float32 of shape {tuple(weight.shape)}, got "
@@ -238,13 +238,18 @@ def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
 def _check_row_weights(row_weights: Tensor | None, shape: torch.Size) -> None:
     if row_weights is None:
         return
-    if torch.compiler.is_compiling():
-        raise ValueError("row_weights: not under torch.compile")
+    if torch.compiler.is_compiling() or check.valueless(row_weights):
+        raise ValueError("row_weights: not in a trace, nor of fake tensors")
     if row_weights.shape != shape or not row_weights.is_floating_point():
         raise ValueError(
             f"row_weights must be floats of shape {tuple(shape)}, got "
             f"{row_weights.dtype} {tuple(row_weights.shape)}"
         )
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type  # to ask of a meta tensor's would be an error
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -253,9 +258,8 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     Autocast cannot be left to itself, because a cast outside would hand the float32 gradient of the
     weight back through the low precision.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocasts(hidden) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return None
 
 
@@ -361,7 +365,7 @@ def linear_divergence_loss(
     _check_weight_grad(weight_grad, student_weight)
     _check_row_weights(row_weights, shape)
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or check.valueless(student_hidden, student_weight):
         total, loss, *_ = _op(
             None if alone else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
             None if alone else teacher_weight,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from switchkd_kernels import _arguments as arguments
 from switchkd_kernels import _backend as backend
+from switchkd_kernels import _checks as check
 from switchkd_kernels import _cpu, reference
 from switchkd_kernels._tl import (
     combine,
@@ -288,6 +289,6 @@ def sample(
         top_k=top_k, top_p=top_p, min_p=min_p, vocab_size=vocab_size, stream=stream, model=model,
     )  # fmt: skip
     chosen = backend.choose(impl, logits)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or check.valueless(logits):
         return _op(*args, impl)
     return _LAUNCH[chosen](*args)
