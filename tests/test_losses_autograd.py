@@ -65,6 +65,32 @@ def test_the_ops_that_torch_compile_sees_have_one_derivative_too(loss):
         torch.autograd.grad(value, student, create_graph=True)
 
 
+@every
+@pytest.mark.parametrize("loss", [logits, heads])
+def test_gradients_of_several_upstreams_at_once(impl, loss):
+    teacher, student = pair()
+    several = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
+    value = loss(teacher, student, impl)
+    one = torch.autograd.grad(value, student, retain_graph=True)[0]
+    for _ in range(2):  # the second time nothing is left of what forward made
+        got = torch.autograd.grad(
+            value, student, several, is_grads_batched=True, retain_graph=True
+        )[0]
+        torch.testing.assert_close(got, several[:, None, None] * one)
+
+
+@every
+def test_the_jacobian_of_masked_rows(impl):
+    teacher, student = pair()
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+
+    def rows(student):
+        return divergence_loss(teacher, student, mask=mask, reduction="none", impl=impl)
+
+    of = torch.autograd.functional.jacobian
+    torch.testing.assert_close(of(rows, student, vectorize=True), of(rows, student))
+
+
 class Largest(TorchDispatchMode):
     entries = 0
 

@@ -9,6 +9,7 @@ a row (what relates the rows, `pair_of`, and sum u); backward reads once and wri
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from switchkd_kernels import _backend as backend
 from switchkd_kernels import _checks as check
@@ -209,10 +210,15 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx, upstream):
         teacher, student, mask, saved = ctx.saved_tensors
         unit, ctx.unit = ctx.unit, None
+        several = is_legacy_batchedtensor(upstream)  # is_grads_batched: no kernel takes such a one
+        if unit is None and several:
+            ones = torch.ones(len(student), device=student.device)
+            unit = ctx.launch(ones, teacher, student, mask, saved, *ctx.form)
         if unit is not None:
             if mask is not None:
                 upstream = upstream.masked_fill(~mask, 0.0)  # not looked at, even if it is NaN
-            grad = unit.mul_(upstream.unsqueeze(1)).to(student.dtype)
+            scaled = unit.mul if several else unit.mul_
+            grad = scaled(upstream.unsqueeze(1)).to(student.dtype)
         else:
             grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
         return None, grad, None, None, None, None, None, None
