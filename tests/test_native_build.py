@@ -93,6 +93,8 @@ def test_a_killed_build_does_not_block_the_next(tmp_path, small):
     [
         ({"CXX": "/bin/false"}, ["no native CPU kernels", "/bin/false failed: exit 1", "CXX"]),
         ({"CXX": "no-such-compiler -O3"}, ["no C++ compiler: no-such-compiler -O3 is not on"]),
+        ({"CXX": "g++ 'x"}, ['CXX must be a command, got "g++ \'x": No closing quotation']),
+        ({"SWITCHKD_CACHE": "~nobody-has-it"}, ["~nobody-has-it is nowhere: ", "SWITCHKD_CACHE"]),
         ({"SWITCHKD_JIT": "0"}, []),
     ],
 )
@@ -111,6 +113,13 @@ def test_the_first_error_of_the_compiler_is_said(tmp_path, small):
     out, err = start(tmp_path, **small).communicate(timeout=60)
     assert out.split() == ["reference"]
     assert err.count("no native CPU kernels") == 1 and "ops.cpp:1:" in err and "none" in err
+
+
+def test_the_first_error_is_found_whatever_the_language(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "de_DE.ISO-8859-1")
+    says = "printf 'Achtung\\n'; [ $LC_ALL = C ] && printf 'error: \\344\\n'"
+    with pytest.raises(_native.BuildError, match="sh failed: error: \ufffd"):
+        _native.run(["sh", "-c", f"({says}) >&2; exit 1"])
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -66,9 +66,18 @@ def csrc() -> Path:
     raise BuildError(f"its sources are not in {HERE / 'csrc'}")
 
 
+def named(variable: str) -> list[str]:
+    """The command that an environment variable names, with its arguments; [] if it names none."""
+    given = os.environ.get(variable, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"{variable} must be a command, got {given!r}: {error}") from error
+
+
 def compiler() -> list[str]:
     """$CXX, which may have arguments, or the first of g++ and clang++ on the path."""
-    given = shlex.split(os.environ.get("CXX", ""))
+    given = named("CXX")
     for command in [given] if given else [["g++"], ["clang++"], ["c++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
@@ -76,9 +85,12 @@ def compiler() -> list[str]:
 
 
 def run(command: list[str], where: Path | None = None) -> str:
-    """Output of a command; BuildError with its first error."""
+    """Output of a command; BuildError with its first error, which is looked for in English."""
+    env = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=where, env=env, capture_output=True, encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
@@ -90,7 +102,7 @@ def run(command: list[str], where: Path | None = None) -> str:
 
 def nvcc() -> list[str]:
     """$NVCC, which may have arguments, or nvcc on the path or in $CUDA_HOME/bin."""
-    given = shlex.split(os.environ.get("NVCC", ""))
+    given = named("NVCC")
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     for command in [given] if given else [["nvcc"], [str(home / "bin" / "nvcc")]]:
         if found := shutil.which(command[0]):
@@ -182,9 +194,13 @@ def build(target: Path, each: list[list[str]], link: list[str]) -> None:
 
 def cache() -> Path:
     """$SWITCHKD_CACHE, or `switchkd` in $XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get("SWITCHKD_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "switchkd"
+    given = os.environ.get("SWITCHKD_CACHE")
+    folder = Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:  # such as a container's user that has no entry
+        raise BuildError(f"{folder} is nowhere: {error} SWITCHKD_CACHE names a folder") from error
+    return folder if given else folder / "switchkd"
 
 
 def digest(*parts: str, files: list[Path]) -> str:
