@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,9 @@ DRAWS = [
 BY_OP = [
     *((op, *case) for op in (draw, select) for case in DRAWS),
     (draw, {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    (draw, {"temperature": 1e300}, ValueError, r"0 \(greedy\) or in \[1e-5, 1e30\], got 1e\+300"),
     (draw, {"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+    (draw, {"top_k": 2**70}, ValueError, "top_k must be in .*, got 1180591620717411303424"),
     (draw, {"top_p": None}, TypeError, "top_p must be a number, got NoneType"),
     (draw, {"min_p": None}, TypeError, "min_p must be a number, got NoneType"),
     (draw, {"stream": 1.0}, TypeError, "stream must be an int, got float"),
@@ -89,6 +92,10 @@ BY_OP = [
     (loss, {"vocab_size": 3.0}, TypeError, "vocab_size must be an int, got float"),
     (linear, {"labels": [0] * 4, "ce_weight": 1.0}, ValueError, r"shape \(4,\), got list"),
     (linear, {"logit_scale": None}, TypeError, "logit_scale must be a number, got NoneType"),
+    (linear, {"chunk_size": 1.5}, TypeError, "chunk_size must be an int, got float"),
+    (linear, {"weight_grad": [0.0]}, TypeError, "weight_grad must be a tensor, got list"),
+    (linear, {"row_weights": [1.0] * 4}, TypeError, "row_weights must be a tensor, got list"),
+    (linear, {"student_bias": [0.0] * 4}, TypeError, "biases must be a tensor, got list"),
     *(
         (op, change, error, message)
         for op in (loss, linear)
@@ -164,6 +171,8 @@ def test_what_was_exported_runs_in_a_process_that_has_loaded_no_native_code(tmp_
 def test_streams_of_uniform_and_an_unknown_instruction_set(monkeypatch):
     with pytest.raises(TypeError, match="stream must be an int, got float"):
         uniform(0, 1, 2, 1.0)
+    with pytest.raises(ValueError, match=r"positions must broadcast, got \(2,\) and \(3,\)"):
+        uniform(0, [0, 1], [0, 1, 2], 1)
     monkeypatch.setenv("SWITCHKD_CPU", "foo")
     with pytest.raises(ValueError, match="one of baseline, avx2, avx512, got 'foo'"):
         _native.unavailable.__wrapped__()
@@ -178,6 +187,33 @@ def test_whatever_holds_the_numbers(impl):
         got = select(z, impl, torch.zeros(1), **where), draw(z, impl, **where)
         assert torch.equal(got[0].token, want[0].token) and torch.equal(got[1], want[1])
     assert draw(z[:0], impl, sequence_ids=[], positions=[]).shape == (0,)
+
+
+@every
+def test_numbers_of_any_kind(impl):
+    z = torch.randn(4, 6, device=DEVICE)
+    tenth, half = Fraction(1, 10), Fraction(1, 2)
+    assert loss(z, impl, alpha=tenth, detach_mixture=1) == loss(
+        z, impl, alpha=0.1, detach_mixture=True
+    )
+    numbers = {"alpha": tenth, "logit_scale": half, "softcap": Fraction(3)}
+    assert linear(z[:, :4], impl, **numbers) == linear(
+        z[:, :4], impl, **{name: float(x) for name, x in numbers.items()}
+    )
+
+
+def test_a_sharded_tensor_is_refused_not_read(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        z = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 6), mesh)
+        for op in (draw, select, loss, distance, linear):
+            with pytest.raises(TypeError, match="must be whole, got a DTensor"):
+                op(z, None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

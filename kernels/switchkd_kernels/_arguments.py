@@ -70,7 +70,7 @@ def sampling(
         check.per_row("positions", positions, rows, device, limit=2**32),
         check.signed(check.seed(seed)),
         check.temperature("temperature", temperature),
-        check.integer("top_k", top_k, 0),
+        check.integer("top_k", top_k, 0, 2**63 - 1),
         check.number("top_p", top_p, 0, 1, "(]"),
         check.number("min_p", min_p, 0, 1),
         size, check.integer("stream", stream, 0, 255), model,

@@ -50,6 +50,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: the arithmetic never runs in a half precision."""
     for each in tensors:
         a_tensor("each of logits, states, weights and biases", each)
+        if hasattr(each, "full_tensor"):  # a kernel would read the memory that it does not have
+            raise TypeError("tensors must be whole, got a DTensor: pass its full_tensor()")
         if not each.is_floating_point():
             raise TypeError(f"tensors must be floating point, got {each.dtype}")
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
@@ -113,10 +115,10 @@ def number(name: str, value: float, low: float, high: float, ends: str = "[]") -
 
 
 def temperature(name: str, value: float) -> float:
-    """0 is greedy; a positive value under 1e-5 would overflow and is refused."""
+    """0 is greedy; beyond the others z / T would overflow, or T itself, in float32."""
     real(name, value)
-    if value != 0 and not 1e-5 <= value < math.inf:
-        raise ValueError(f"{name} must be 0 (greedy) or at least 1e-5 and finite, got {value}")
+    if value != 0 and not 1e-5 <= value <= 1e30:
+        raise ValueError(f"{name} must be 0 (greedy) or in [1e-5, 1e30], got {value}")
     return float(value)
 
 

@@ -206,7 +206,7 @@ def _indices(rows: check.Rows, like: Tensor) -> Tensor:
 
 
 def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check.compute_dtype(hidden, weight)
+    check.compute_dtype(hidden, weight, *([] if bias is None else [bias]))
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}_hidden must be (..., H) and {name}_weight (V, H), got "
@@ -224,6 +224,7 @@ def _check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
     if weight_grad is None:
         return
+    check.a_tensor("weight_grad", weight_grad)
     if torch.compiler.is_compiling() or check.valueless(weight):
         raise ValueError("weight_grad is added to in place: not in a trace, nor of fake tensors")
     if weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32:
@@ -238,6 +239,7 @@ def _check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
 def _check_row_weights(row_weights: Tensor | None, shape: torch.Size) -> None:
     if row_weights is None:
         return
+    check.a_tensor("row_weights", row_weights)
     if torch.compiler.is_compiling() or check.valueless(row_weights):
         raise ValueError("row_weights: not in a trace, nor of fake tensors")
     if row_weights.shape != shape or not row_weights.is_floating_point():
@@ -332,17 +334,17 @@ def linear_divergence_loss(
             f"{tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
         )
     size = check.shared_vocab(teacher_weight.shape[0], student_weight.shape[0], vocab_size)
-    check.number("ce_weight", ce_weight, 0, math.inf, "[)")
-    check.number("logit_scale", logit_scale, 0, math.inf, "()")
+    ce_weight = check.number("ce_weight", ce_weight, 0, math.inf, "[)")
+    logit_scale = check.number("logit_scale", logit_scale, 0, math.inf, "()")
     if softcap is not None:
-        check.number("softcap", softcap, 0, math.inf, "()")
+        softcap = check.number("softcap", softcap, 0, math.inf, "()")
     product_dtype = _autocast_dtype(student_hidden)
     given = (teacher_hidden, teacher_weight, student_hidden, student_weight)
     chosen = _choose(impl, given, (teacher_bias, student_bias), product_dtype)
     if chunk_size is None:
         width = 4 if chosen == "reference" else (product_dtype or student_hidden.dtype).itemsize
         chunk_size = max(16, CHUNK_BYTES[chosen] // (width * size))
-    if chunk_size < 1:
+    if check.integer("chunk_size", chunk_size) < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
     check.one_of("reduction", reduction, ("none", "sum", "mean"))
@@ -392,7 +394,5 @@ def linear_divergence_loss(
         biases = (teacher_bias, student_bias)
         loss, *_ = _walk(teacher, student, biases, labels, [False] * 3, *rest)
         return rows.reduce(loss, reduction)
-    return (
-        _LinearDivergence.apply(*student, student_bias, teacher, teacher_bias, labels, *rest)
-        / count
-    )
+    given = (*student, student_bias, teacher, teacher_bias, labels, *rest)
+    return _LinearDivergence.apply(*given) / count

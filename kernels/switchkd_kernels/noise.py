@@ -49,6 +49,11 @@ def _words(seed, sequence_ids, positions, stream, blocks: range, device=None) ->
     check.integer("stream", stream, 0, 255)
     ids = check.integers("sequence_ids", sequence_ids, 2**56, device, wait=False).unsqueeze(-1)
     position = check.integers("positions", positions, 2**32, ids.device, wait=False).unsqueeze(-1)
+    try:
+        torch.broadcast_shapes(ids.shape, position.shape)
+    except RuntimeError as error:
+        got = f"{tuple(ids.shape[:-1])} and {tuple(position.shape[:-1])}"
+        raise ValueError(f"sequence_ids and positions must broadcast, got {got}") from error
     block = torch.arange(blocks.start, blocks.stop, device=ids.device)
     return philox(seed, block, position, ids & _MASK, (ids >> 32) | (stream << 24))
 

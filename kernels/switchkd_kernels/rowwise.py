@@ -32,20 +32,21 @@ class Form(NamedTuple):
     detach: bool = False
 
 
-def _check_weight(name: str, value: float, dtype: torch.dtype, ends: str = "[]") -> None:
+def _weight(name: str, value: float, dtype: torch.dtype, ends: str = "[]") -> float:
     """Near 0 and 1 either a weight or 1 less the weight has too few digits in that type."""
-    check.number(name, value, 0, 1, ends)
+    value = check.number(name, value, 0, 1, ends)
     least = 1e-12 if dtype == torch.float64 else 1e-4
     if value not in (0, 1) and not least <= value <= 1 - least:
         why = f"at least {least:.0e} from 0 and 1, or one of them, got {value}"
         raise ValueError(f"{name} must be {why}")
+    return value
 
 
 def form_of(kind: str, alpha: float, beta: float, detach_mixture: bool, dtype: torch.dtype) -> Form:
     """Check a loss's arguments, and name its limits: alpha 0 and beta 0, 1/2, 1 are other kinds."""
     check.one_of("kind", kind, KINDS)
-    _check_weight("alpha", alpha, dtype, "[)")
-    _check_weight("beta", beta, dtype)
+    alpha, beta = _weight("alpha", alpha, dtype, "[)"), _weight("beta", beta, dtype)
+    detach_mixture = bool(detach_mixture)
     if detach_mixture and kind not in ("skew_reverse_kl", "generalized_jsd"):
         why = "would leave no gradient" if kind == "skew_kl" else "has no mixture to detach"
         raise ValueError(f"detach_mixture is for skew_reverse_kl, got kind {kind!r}, which {why}")
