@@ -1,5 +1,7 @@
 """What the losses do of autograd: one derivative, none that nobody asked for, in autocast, too."""
 
+import gc
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -63,6 +65,24 @@ def test_the_ops_that_torch_compile_sees_have_one_derivative_too(loss):
     torch.testing.assert_close(got, want)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(value, student, create_graph=True)
+
+
+@every
+@pytest.mark.parametrize("loss", [logits, heads])
+def test_a_checkpoint_keeps_nothing_that_was_made_for_backward(impl, loss):
+    teacher, student = pair(7, 131)
+
+    def alive():
+        gc.collect()
+        return sum(type(x) is torch.Tensor and x.numel() == 7 * 131 for x in gc.get_objects())
+
+    before = alive()
+    value = checkpoint(loss, teacher, student, impl, use_reentrant=False)
+    assert alive() == before
+    want = torch.autograd.grad(loss(teacher, student, impl), student)[0]
+    for _ in range(2):
+        got = torch.autograd.grad(value, student, retain_graph=True)[0]
+        torch.testing.assert_close(got, want)
 
 
 @every

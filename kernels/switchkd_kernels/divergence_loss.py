@@ -190,26 +190,28 @@ class _Divergence(torch.autograd.Function):
     """The eager path: straight to the launchers.
 
     On a CPU a row's gradient is made with its loss, while the row is in the cache: a pass over
-    memory less. Backward scales it in place; a second backward computes it from the logits.
+    memory less. Backward scales it in place; a second backward computes it from the logits. It is
+    saved as they are, so that a checkpoint drops it and hooks move it.
     """
 
     @staticmethod
     def forward(ctx, teacher, student, mask, impl, *form):
         forward, ctx.launch = _LAUNCH[impl]
-        needs_grad, ctx.unit = ctx.needs_input_grad[1], None
+        needs_grad, unit = ctx.needs_input_grad[1], None
         if impl == "cpu":
-            loss, saved, ctx.unit = forward(teacher, student, mask, *form, needs_grad, needs_grad)
+            loss, saved, unit = forward(teacher, student, mask, *form, needs_grad, needs_grad)
         else:
             loss, saved = forward(teacher, student, mask, *form, needs_grad)
-        ctx.save_for_backward(teacher, student, mask, saved)
-        ctx.form = form
+        ctx.save_for_backward(teacher, student, mask, saved, unit)
+        ctx.form, ctx.scaled = form, False
         return loss
 
     @staticmethod
     @check.once_differentiable
     def backward(ctx, upstream):
-        teacher, student, mask, saved = ctx.saved_tensors
-        unit, ctx.unit = ctx.unit, None
+        teacher, student, mask, saved, unit = ctx.saved_tensors
+        if ctx.scaled:
+            unit = None
         several = is_legacy_batchedtensor(upstream)  # is_grads_batched: no kernel takes such a one
         if unit is None and several:
             ones = torch.ones(len(student), device=student.device)
@@ -217,8 +219,12 @@ class _Divergence(torch.autograd.Function):
         if unit is not None:
             if mask is not None:
                 upstream = upstream.masked_fill(~mask, 0.0)  # not looked at, even if it is NaN
-            scaled = unit.mul if several else unit.mul_
-            grad = scaled(upstream.unsqueeze(1)).to(student.dtype)
+            upstream = upstream.unsqueeze(1)
+            if several:
+                grad = unit * upstream
+            else:  # in place, by `data`, because autograd would refuse what it has saved for more
+                grad, ctx.scaled = unit.data.mul_(upstream), True
+            grad = grad.to(student.dtype)
         else:
             grad = ctx.launch(upstream, teacher, student, mask, saved, *ctx.form)
         return None, grad, None, None, None, None, None, None
