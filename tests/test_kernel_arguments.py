@@ -303,6 +303,26 @@ def test_tensors_without_values_get_results_without_values(nowhere, dtype):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+@pytest.mark.parametrize("op", [draw, select, loss, distance, linear])
+def test_one_trace_serves_any_number_of_rows_and_every_step(op):
+    traces = []
+
+    def backend(module, _inputs):
+        traces.append(module)
+        return module.forward
+
+    def run(z, step):
+        where = {"sequence_ids": step, "positions": step} if op in (draw, select) else {}
+        return op(z, None, vocab_size=4, **where)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (4, 5, 7):
+        z = torch.randn(rows, 6, device=DEVICE)
+        torch.testing.assert_close(compiled(z, rows), run(z, rows))
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("op", [draw, select, loss])
 def test_compiled_the_chosen_implementation_runs(op, monkeypatch):
     def refuse(*_args):

@@ -213,6 +213,10 @@ def per_row(
     Values that are on an accelerator already are not looked at: that would wait for the device.
     Others are read as they are, whatever default device and dtype torch has been given.
     """
+    if torch.compiler.is_compiling() and limit is not None and type(value) is not bool:
+        if isinstance(value, (int, torch.SymInt)):  # a step stays a symbol, not a trace for each
+            value = integer(name, value, 0, limit - 1)
+            return torch.full((), value, dtype=dtype, device=device).expand(rows)
     here = value.device if isinstance(value, Tensor) else "cpu"
     tensor = as_tensor(name, value, here, dtype if limit is None else None)
     if limit is not None:

@@ -212,7 +212,8 @@ class _Divergence(torch.autograd.Function):
         teacher, student, mask, saved, unit = ctx.saved_tensors
         if ctx.scaled:
             unit = None
-        several = is_legacy_batchedtensor(upstream)  # is_grads_batched: no kernel takes such a one
+        # is_grads_batched: no kernel takes such a one, and no trace may ask
+        several = not torch.compiler.is_compiling() and is_legacy_batchedtensor(upstream)
         if unit is None and several:
             ones = torch.ones(len(student), device=student.device)
             unit = ctx.launch(ones, teacher, student, mask, saved, *ctx.form)

@@ -174,7 +174,7 @@ def _(th, tw, hidden, weight, tb, bias, labels, mask, needs, *options):
         hidden.new_empty(shape if need else (0,), dtype=kind if need else dtype)
         for shape, need, kind in zip(shapes, needs, types, strict=True)
     ]
-    return hidden.new_empty((), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype), *grads
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype), *grads
 
 
 def _setup(ctx, inputs, output):
