@@ -131,14 +131,18 @@ def check_rows(rows: Rows | None, args: SwitchConfig) -> None:
     share, batch = 1 - args.lmbda, args.rows_per_batch
     if share > 0 and not all(row.completion_ids for row in rows.rows):
         raise ValueError(
-            f"{rows.report.source}: got rows without a response, expected responses for the share "
-            f"1 - lmbda = {share:g} of rows trained on data, or lmbda 1"
+            f"{rows.report.source}: got rows without a response{_unread(rows)}, expected responses "
+            f"for the share 1 - lmbda = {share:g} of rows trained on data, or lmbda 1"
         )
     if args.dataloader_drop_last and len(rows.rows) < batch:
         raise ValueError(
             f"dataloader_drop_last: got {len(rows.rows)} rows of {rows.report.source}, expected at "
             f"least {batch}, a batch (per_device_train_batch_size, processes): all would be dropped"
         )
+
+
+def _unread(rows: Rows) -> str:
+    return f" ({rows.report.unread})" if rows.report.unread else ""
 
 
 def check_validation(rows: Rows | None, args: SwitchConfig, has_teacher: bool) -> None:
@@ -149,8 +153,8 @@ def check_validation(rows: Rows | None, args: SwitchConfig, has_teacher: bool) -
     going_by = f"metric_for_best_model {best}" if best else "adaptive_lmbda"
     if (best or args.adaptive_lmbda) and not any(row.completion_ids for row in rows.rows):
         raise ValueError(
-            f"{rows.report.source}: got no validation row with a response, expected some for "
-            f"{going_by} (eval_dataset_name, in Python eval_dataset), or eval_strategy no"
+            f"{rows.report.source}: got no validation row with a response{_unread(rows)}, expected "
+            f"some for {going_by} (eval_dataset_name, in Python eval_dataset), or eval_strategy no"
         )
     if best in ("kl", "eval_kl", "jsd", "eval_jsd") and not has_teacher:
         raise ValueError(f"{going_by}: got no teacher, expected rouge_l or cross_entropy")

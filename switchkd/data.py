@@ -30,6 +30,7 @@ FORMS = {
     "messages": ("messages",),
     "prompt/completion": ("prompt",),
 }
+READ = {"input", "context", "completion", "source", "tools"}  # with those of the form
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,29 @@ class Report:
     kept: int = 0
     left_out: dict[str, list[int]] = field(default_factory=dict)
     apart: list[int] = field(default_factory=list)  # of responses that no text with a prompt holds
+    columns: set[str] = field(default_factory=set)
+    prompts: int = 0  # without a response
+
+    @property
+    def unread(self) -> str:
+        """The columns that mean nothing here, as a remark; a response may be among them."""
+        names = sorted(map(str, self.columns - READ.union(FORMS.get(self.form, ()))))
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return f"not read: {shown}" if names else ""
+
+    @property
+    def notable(self) -> bool:
+        """Whether who did not ask for it should see this."""
+        return bool(self.left_out or self.apart or (self.prompts and self.unread))
 
     def drop(self, reason: str, line: int) -> None:
         self.left_out.setdefault(reason, []).append(line)
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.kept:,} rows ({self.form}; {self.template})"
+        how = "; ".join(filter(None, (self.form, self.template, self.unread)))
+        text = f"{self.source}: {self.kept:,} rows" + (f" ({how})" if how else "")
+        if self.prompts:
+            text += f"\n  {self.prompts:,} prompts without a response"
         said = [(f"left out {len(x):,} {reason}", x) for reason, x in self.left_out.items()]
         if self.apart:
             other = f"{len(self.apart):,} responses that the template writes otherwise, as they are"
@@ -178,6 +196,7 @@ def examples_from(
             malformed.append(f"line {line}: {error}")
             continue
         report.form = form
+        report.columns.update(record)
         if not messages[-1]["content"].strip():
             report.drop("rows with an empty prompt", line)
         elif references and not (references := tuple(r for r in references if r.strip())):
@@ -235,6 +254,8 @@ def _parse(record: Mapping) -> tuple[str, tuple, tuple[str, ...]]:
     for key, value in (("instruction", instruction), (context, extra)):
         if not isinstance(value, str):
             raise ValueError(f"{key}: got {type(value).__name__}, expected a string")
+    if not instruction.strip():  # the whole prompt is in the other column
+        instruction, extra = extra, ""
     message = {"role": "user", "content": instruction, "input": extra}
     return form, (message,), _texts(record[answer], answer)
 
@@ -307,8 +328,12 @@ def tokenize(
             rows.append(Row(prompt, completion, example))
             report.apart += [] if joined else [example.line]
     report.kept = len(rows)
+    report.prompts = sum(not row.completion_ids for row in rows)
     if not rows:
-        raise ValueError(f"no row is left, expected at least one\n{report}")
+        raise ValueError(
+            f"no row is left, expected at least one (max_prompt_length {max_prompt_length}, "
+            f"max_new_tokens or max_response_length {max_completion_length})\n{report}"
+        )
     return Rows(rows, report)
 
 

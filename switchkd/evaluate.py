@@ -158,7 +158,7 @@ def read_set(
     )
     examples = [e for e in examples if e.references]
     if not examples:
-        raise ValueError(f"{report.source}: got no row with a reference")
+        raise ValueError(f"{report.source}: got no row with a reference, expected some\n{report}")
     read, said = [], set()
     for checkpoint in checkpoints:
         mine = copy.deepcopy(report)

@@ -137,7 +137,9 @@ def load_data(
         picked = set(random.Random(script.split_seed).sample(range(len(examples)), count))
         held_out = [e for i, e in enumerate(examples) if i in picked]
         examples = [e for i, e in enumerate(examples) if i not in picked]
-        eval_report = Report(f"{report.source} (held out)", form=report.form)
+        eval_report = Report(
+            f"{report.source} (held out)", form=report.form, columns=report.columns
+        )
         valid = tokenize(held_out, eval_report, tokenizer, **options, exclude=exclude)
     train = tokenize(examples, report, tokenizer, **options, exclude=exclude)
     checks.check_rows(train, config)

@@ -38,7 +38,7 @@ class RolloutTrainer(ShardedTrainer):
             return dataset
         sizes, day = (args.max_prompt_length, args.max_new_tokens), day_of(args.output_dir)
         rows = rows_from(dataset, tokenizer, *sizes, day)
-        if rows.report.left_out and args.process_index == 0:
+        if rows.report.notable and args.process_index == 0:
             log.warning("note: %s", rows.report)
         return rows
 

@@ -167,7 +167,7 @@ def test_blank_references_are_none(tokenizer):
 
 
 def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
-    rows = [ALPACA, {**ALPACA, "output": " "}, {**ALPACA, "instruction": ""}, ALPACA]
+    rows = [ALPACA, {**ALPACA, "output": " "}, {"instruction": "", "output": "3"}, ALPACA]
     rows.append({**ALPACA, "output": "x" * 51})
     rows.append({**ALPACA, "input": "x" * 600})
     path = write(tmp_path / "a.jsonl", rows)

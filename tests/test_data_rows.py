@@ -4,6 +4,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from switchkd.data import Rows, rows_from
+from switchkd.templates import alpaca_prompt
 
 RECORDS = [{"prompt": f"say {i}", "completion": str(i)} for i in range(3)]
 
@@ -29,3 +30,22 @@ def test_rows_of_one_id_are_refused(tokenizer):
     with pytest.raises(ValueError, match="rows: got the id 1 twice, expected another for each row"):
         Rows(one.rows + other.rows, one.report)
     assert len(Rows([], one.report)) == 0
+
+
+def test_columns_that_are_not_read_are_named(tokenizer):
+    """The response may be in one of them: such rows are prompts alone."""
+    asked = [{"prompt": f"say {i}", "response": str(i), "id": i} for i in range(3)]
+    report = rows_from(asked, tokenizer, 40, 9).report
+    assert "rows (prompt/completion; none template; not read: id, response)" in str(report)
+    assert "\n  3 prompts without a response" in str(report) and report.notable
+    report = rows_from(RECORDS, tokenizer, 40, 9).report
+    assert not report.notable and "not read" not in str(report) and "without" not in str(report)
+
+
+def test_an_empty_instruction_stands_for_its_input(tokenizer):
+    """Some data sets have the whole prompt in `input`."""
+    for extra in ("input", "context"):
+        record = {"instruction": " ", extra: "2 + 2?", "output": "4"}
+        (row,) = rows_from([record], tokenizer, 500, 9).rows
+        assert tokenizer.decode(row.prompt_ids) == alpaca_prompt("2 + 2?")
+        assert row.example.question == "2 + 2?"

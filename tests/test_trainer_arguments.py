@@ -84,8 +84,11 @@ def test_a_student_in_float16_is_trained_by_an_adapter_only(tmp_path):
 @pytest.mark.parametrize("method", ["sft", "kd", "switch"])
 def test_rows_without_a_response_need_lmbda_1(tmp_path, method):
     prompts = [{"prompt": "hi"}, {"prompt": "ho", "completion": "he"}]
-    with pytest.raises(ValueError, match="dataset: got rows without a response"):
+    with pytest.raises(ValueError, match="dataset: got rows without a response, expected"):
         make(tmp_path, method=method, rows=prompts)
+    other = [{"prompt": "hi", "answer": "ho"}] * 2
+    with pytest.raises(ValueError, match=r"without a response \(not read: answer\), expected"):
+        make(tmp_path, method=method, rows=other)
     make(tmp_path, method="switch", lmbda=1.0, rows=prompts)
 
 
