@@ -9,6 +9,9 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
+from numbers import Real
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from switchkd.models import EMBEDDED
 from switchkd.quantization import NAMED
@@ -39,6 +42,17 @@ def read_mapping(options, name: str) -> None:
     ok = value is None or isinstance(value, dict)
     expect(options, name, ok, 'a mapping, or JSON of one: {"name": value}')
     setattr(options, name, value or None)
+
+
+def check_numbers(options) -> None:
+    """Options that are numbers or truths are no text, as a file may hold: "false" would be true."""
+    hints = get_type_hints(type(options))
+    for one in fields(options):
+        kinds = {*(get_args(hints[one.name]) or (hints[one.name],))}
+        if one.init and kinds <= {bool, int, float, NoneType}:
+            value = getattr(options, one.name)
+            ok = isinstance(value, Real) or (value is None and NoneType in kinds)
+            expect(options, one.name, ok, "true or false" if bool in kinds else "a number")
 
 
 def is_whole(value, least: int) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 import torch
+from huggingface_hub import whoami
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -13,6 +16,7 @@ from switchkd import models
 from switchkd.config import SwitchConfig
 from switchkd.data import Rows
 from switchkd.methods import preset
+from switchkd.names import hint_of
 
 UNUSED = (  # of `transformers.Trainer`: they would never be called
     "model_init",
@@ -21,28 +25,78 @@ UNUSED = (  # of `transformers.Trainer`: they would never be called
     "compute_metrics",
     "preprocess_logits_for_metrics",
 )
+USED_WITH = {  # (option, values with which others are used; none: any that is true): those others
+    ("rollout_policy", ("switch",)): (
+        "switch_schedule", "switch_tau0", "switch_lambda", "switch_tau_min", "jsd_base",
+    ),
+    ("rollout_policy", ("adaswitch",)): ("adaswitch_k", "adaswitch_window", "adaswitch_warm_up"),
+    ("rollout_policy", ("skd",)): ("skd_top_k",),
+    ("loss_type", ("skew_reverse_kl", "skew_kl", "contrastive_skew")): ("skew_alpha",),
+    ("loss_type", ("contrastive_skew",)): ("contrastive_weight",),
+    ("replay_capacity", ()): ("replay_ratio",),
+    ("lm_file", ()): ("lm_coef",),
+    ("target_teacher_share", ()): ("calibration_rows",),
+}  # fmt: skip
+LOOP = (  # options of Trainer's own validation
+    "prediction_loss_only",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "batch_eval_metrics",
+    "include_for_metrics",
+    "label_names",
+)
 
 
-def check_arguments(model, args, others: dict) -> None:
-    """The types of SwitchTrainer's arguments, before anything is loaded."""
+def check_arguments(
+    args, others: dict, *, model, teacher_model, eval_dataset, processing_class, peft_config
+) -> None:
+    """SwitchTrainer's arguments, before anything is loaded; others: those of a Trainer."""
     if not isinstance(args, SwitchConfig):
         raise TypeError(f"args: got {type(args).__name__}, expected a SwitchConfig")
+    known = [*inspect.signature(Trainer).parameters, "processing_class", "teacher_model"]
+    for name in others.keys() - {*known}:
+        hint = hint_of(name, known)
+        raise TypeError(f"SwitchTrainer: got the unknown argument {name!r}{hint}")
     for name in UNUSED:
         if others.get(name) is not None:
             raise ValueError(
                 f"{name}: got {others[name]!r}, expected none: SwitchTrainer has its own batches, "
                 "loss and metrics"
             )
-    if model is None:
-        raise ValueError("model: got None, expected a causal language model, its Hub id or folder")
+    for name, value in (("model", model), ("teacher_model", teacher_model)):
+        needed = name == "model" or (args.needs_teacher and not args.teacher_is_base)
+        if not isinstance(value, (str, nn.Module)) and (needed or value is not None):
+            got = "None" if value is None else type(value).__name__
+            raise ValueError(
+                f"{name}: got {got}, expected a causal language model, or its Hub id or folder as "
+                f"text (rollout_policy {args.rollout_policy}, loss_type {args.loss_type})"
+            )
+    if processing_class is None and not isinstance(model, str):
+        raise ValueError("processing_class: got None, expected the tokenizer of both models")
+    if peft_config is not None and not hasattr(peft_config, "peft_type"):
+        got = type(peft_config).__name__
+        raise ValueError(f"peft_config: got {got}, expected one of peft, such as a LoraConfig")
+    if eval_dataset is None and args.eval_strategy != "no":
+        raise ValueError(
+            "eval_dataset: got None, expected rows to validate on (by default after each epoch), "
+            "or eval_strategy='no'"
+        )
     check_machine(args)
 
 
-def check_tokenizers(**given) -> None:
-    """Those that are given can end responses, and fill up a batch."""
-    for name, tokenizer in given.items():
-        if tokenizer is not None:
-            models.check_tokenizer(tokenizer, name)
+def tokenizer_of(given, name: str):
+    """What is given, or of a processor, which reads images or sound, too, its tokenizer: one that
+    can end responses, and fill up a batch."""
+    tokenizer = given if hasattr(given, "eos_token_id") else getattr(given, "tokenizer", given)
+    if tokenizer is None:
+        return None
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(
+            f"{name}: got {type(given).__name__}, expected a tokenizer "
+            "(AutoTokenizer.from_pretrained)"
+        )
+    return models.check_tokenizer(tokenizer, name)
 
 
 def check_machine(args: SwitchConfig) -> None:
@@ -52,6 +106,11 @@ def check_machine(args: SwitchConfig) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: got true on a CPU, expected a GPU, or bf16")
     check_optimizer(args)
+    if args.push_to_hub and args.process_index == 0:
+        try:
+            whoami(args.hub_token)
+        except Exception as error:  # of the network, of the Hub, or no token
+            raise ValueError(f"push_to_hub: got true, but the Hub says: {error}") from None
     if args.torch_compile:
         kind = dict(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         try:
@@ -80,6 +139,10 @@ def check_optimizer(args: SwitchConfig) -> None:
             raise ValueError(f"optim: got {args.optim.value}: {error}") from None
 
 
+def _default(option: Field):
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
 def notes(args: SwitchConfig, peft_config=None) -> list[str]:
     """What works, and may not be what is wanted."""
     found, narrow = [], torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -88,9 +151,16 @@ def notes(args: SwitchConfig, peft_config=None) -> list[str]:
             "bf16: without AVX-512 this processor multiplies bfloat16 several times more slowly "
             "than float32; faster: bf16 false, teacher_dtype float32, no rollout_dtype"
         )
-    for name in ("adaswitch_k", "adaswitch_window"):
-        if getattr(args, name) is not None and args.rollout_policy != "adaswitch":
-            found.append(f"{name}: not used with rollout_policy {args.rollout_policy}")
+    changed = {one.name for one in fields(args) if getattr(args, one.name) != _default(one)}
+    for (other, values), names in USED_WITH.items():
+        value = getattr(args, other)
+        if not (value in values if values else value):
+            said = "" if value is None else f" {getattr(value, 'value', value)}"
+            missing = "without" if value is None else "with"
+            found += [
+                f"{name}: not used {missing} {other}{said}" for name in names if name in changed
+            ]
+    found += [f"{x}: not used, for validation has a loop of its own" for x in LOOP if x in changed]
     other = {k: v for k, v in preset(args.method).items() if getattr(args, k) != v}
     if other:  # by hand, or by a parser that hands on every default
         said = ", ".join(f"{name} {getattr(args, name)} (not {x})" for name, x in other.items())

@@ -14,7 +14,14 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from switchkd import calibration
-from switchkd.arguments import DTYPES, expect, is_whole, option, read_mapping
+from switchkd.arguments import (
+    DTYPES,
+    check_numbers,
+    expect,
+    is_whole,
+    option,
+    read_mapping,
+)
 from switchkd.distributed import check_launch
 from switchkd.methods import METHODS, WithMethods
 from switchkd.mixture import FRESH_SHARE
@@ -153,6 +160,7 @@ class SwitchConfig(TrainingArguments, metaclass=WithMethods):
     dataloader_pin_memory: bool = option("Batches of row numbers need no pinning.", False)
 
     def __post_init__(self):
+        check_numbers(self)
         if self.seq_kd:
             self.rollout_policy, self.lmbda = "teacher", 1.0
         if self.loss_type is None:
@@ -258,6 +266,7 @@ class SwitchConfig(TrainingArguments, metaclass=WithMethods):
             need(name, warm, f"0, for the largest logit, or a finite number >= {COLDEST:g}")
         need("switch_lambda", self.switch_lambda < math.inf, "a finite number")
         need("learning_rate", 0 < self.learning_rate < math.inf, "a number > 0")
+        need("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0")
         static = "false: gradients would not be averaged, for a loss goes past DDP's outputs"
         need("ddp_static_graph", not getattr(self, "ddp_static_graph", None), static)
         for name in ("bf16_full_eval", "fp16_full_eval"):

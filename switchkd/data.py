@@ -358,9 +358,12 @@ def rows_from(
 ) -> Rows:
     """Tokenised rows of a `datasets.Dataset` or a list of dicts, or of any other data set of dicts:
     it is read to its end, so it must have one."""
-    if isinstance(records, (str, Mapping)):
-        got = f"dataset: got {type(records).__name__}"
-        raise ValueError(f"{got}, expected a datasets.Dataset (one split) or a list of dicts")
+    rows = hasattr(records, "__iter__") or hasattr(records, "__len__")
+    if isinstance(records, (str, Mapping)) or hasattr(records, "columns") or not rows:
+        raise ValueError(  # the rows of a DataFrame would be the names of its columns
+            f"dataset: got {type(records).__name__}, expected a datasets.Dataset (one split; "
+            "Dataset.from_pandas makes one of a DataFrame) or a list of dicts"
+        )
     if hasattr(records, "__len__") and not hasattr(records, "__iter__"):
         # Python would iterate until an IndexError, which a map-style data set need not raise.
         records = map(records.__getitem__, range(len(records)))

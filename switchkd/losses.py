@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchkd.data import Row
 from switchkd.distributed import hold
-from switchkd.models import decoder_of, head_of, last_position
+from switchkd.models import Head, decoder_of, head_of, last_position
 from switchkd.padding import by_length
 
 PASSED = ("input_ids", "attention_mask", "completion_mask")  # columns that a forward pass needs
@@ -124,6 +124,15 @@ def response_labels(batch: dict) -> Tensor:
     return batch["input_ids"][:, 1:][batch["completion_mask"][:, 1:]]
 
 
+def check_scales(teacher: Head, student: Head) -> None:
+    """The loss scales and caps the logits of both heads in the same way."""
+    if (teacher.logit_scale, teacher.softcap) != (student.logit_scale, student.softcap):
+        raise ValueError(
+            f"teacher and student scale their logits differently: got {teacher.logit_scale}, "
+            f"{teacher.softcap} and {student.logit_scale}, {student.softcap}; expected equal ones"
+        )
+
+
 def distillation_loss(
     teacher: nn.Module | None,
     model: nn.Module,
@@ -162,11 +171,7 @@ def distillation_loss(
             None, None, hidden, head.weight, kind=kind, labels=response_labels(batch), **options
         )
     teacher_head = head_of(teacher)
-    if (teacher_head.logit_scale, teacher_head.softcap) != (head.logit_scale, head.softcap):
-        raise ValueError(
-            f"teacher and student scale their logits differently: got {teacher_head.logit_scale}, "
-            f"{teacher_head.softcap} and {head.logit_scale}, {head.softcap}; expected equal ones"
-        )
+    check_scales(teacher_head, head)
     states = teacher_hidden(teacher, batch)
 
     def divergence(kind: str, mask: Tensor | None = None, detach: bool = False) -> Tensor:

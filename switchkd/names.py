@@ -11,6 +11,21 @@ ALIASES = {  # other projects' names of the same thing
     "teacher_model": "teacher_model_name_or_path",
     "dataset": "dataset_name",
 }
+USUAL = {  # names that are common elsewhere, and no spelling is near
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "student": "model_name_or_path",
+    "student_model": "model_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "data": "dataset_name",
+    "train_file": "dataset_name",
+    "validation_file": "eval_dataset_name",
+    "tau": "switch_tau0",
+    "tokenizer": "processing_class",
+    "group_by_length": "train_sampling_strategy",
+    "no_cuda": "use_cpu",
+}
 REPLACED = {  # options of TRL without a counterpart: what to give instead
     "max_length": "max_prompt_length and max_new_tokens",
     "model_init_kwargs": "dtype, attn_implementation, trust_remote_code",
@@ -52,5 +67,6 @@ def hint_of(name: str, known: Iterable[str]) -> str:
         bare = "use_vllm"
     if bare in REPLACED:
         return f" (TRL's), expected {REPLACED[bare]}"
-    near = difflib.get_close_matches(name, known, n=1)
+    known, usual = list(known), name.replace(bare, USUAL.get(bare, ""))
+    near = [usual] if usual in known else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

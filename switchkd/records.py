@@ -9,7 +9,7 @@ from pathlib import Path
 from switchkd.models import EMBEDDED, EMBEDDED_DIR
 
 EVALUATED = ("test", "validation", "valid")  # the split to evaluate on: the first that there is
-TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".xz", ".bz2", ".zip")
 
 
 class Unreadable(str):
@@ -51,7 +51,7 @@ def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:
     if path.suffix in TABLES:
         raise ValueError(
             f"data: got {path}, expected JSON Lines, one object a line (.jsonl), or the folder of "
-            "such a table, which is read as a Hub data set"
+            "such a file, which is read as a Hub data set"
         )
     first = next((line for line in lines_of(path) if line.strip()), "")
     if path.suffix == ".json" and first.lstrip().startswith("["):

@@ -81,10 +81,14 @@ class SwitchTrainer(RolloutTrainer):
         teacher_processing_class=None,
         **kwargs,
     ):
-        args = args or SwitchConfig()
-        checks.check_arguments(model, args, kwargs)
-        given = {"processing_class": processing_class}
-        checks.check_tokenizers(**given, teacher_processing_class=teacher_processing_class)
+        args = SwitchConfig() if args is None else args
+        processing_class = checks.tokenizer_of(processing_class, "processing_class")
+        teacher_processing_class = checks.tokenizer_of(
+            teacher_processing_class, "teacher_processing_class"
+        )
+        checks.check_arguments(args, kwargs, model=model, teacher_model=teacher_model,
+            eval_dataset=eval_dataset, processing_class=processing_class, peft_config=peft_config,
+        )  # fmt: skip
         if isinstance(model, str):
             processing_class = processing_class or models.load_tokenizer(model)
             model = models.load_model(model, dtype="float32")
@@ -94,13 +98,6 @@ class SwitchTrainer(RolloutTrainer):
             teacher_model = models.load_model(teacher_model)
         if args.teacher_is_base:
             teacher_model = adapters.share_base(model, teacher_model, peft_config)
-        if processing_class is None:
-            raise ValueError("processing_class: got None, expected the tokenizer of both models")
-        if teacher_model is None and args.needs_teacher:
-            raise ValueError(
-                f"teacher_model: got None, but rollout_policy {args.rollout_policy} with loss_type "
-                f"{args.loss_type} needs one"
-            )
         processing_class = with_kwargs(processing_class, args.chat_template_kwargs)
         self.vocabulary = share_vocabulary(
             teacher_model, model, teacher_processing_class or processing_class, processing_class
@@ -118,6 +115,8 @@ class SwitchTrainer(RolloutTrainer):
         if peft_config is not None:
             model = adapters.add(model, peft_config, args.seed)
         checks.check_trained(model, teacher_model)
+        if args.loss_type != "cross_entropy":
+            losses.check_scales(models.head_of(teacher_model), models.head_of(model))
         if getattr(model, "generation_config", None) is not None:  # ends what is saved as training
             model.generation_config.eos_token_id = list(self.vocabulary.eos_token_ids)
         self._lm_blocks = None

@@ -285,6 +285,11 @@ def test_unknown_keys_and_flags_suggest_the_right_one(tmp_path):
         ValueError, match="unknown key 'max_new_token'; did you mean max_new_tokens"
     ):
         parse(["--config", write(tmp_path, max_new_token=5)])
+    for usual, meant in (("lr", "learning_rate"), ("batch_size", "per_device_train_batch_size")):
+        with pytest.raises(
+            ValueError, match=rf"unknown option --{usual}; did you mean --{meant}\?"
+        ):
+            parse([f"--{usual}", "1"])
     with pytest.raises(ValueError, match=r"unknown option --lmbd; did you mean --lmbda"):
         parse(["--model_name_or_path", "a", "--lmbd", "1"])
 

@@ -1,9 +1,12 @@
 """Rows from data sets of Python, and what no `Rows` may hold."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from torch.utils.data import Dataset
 
-from switchkd.data import Rows, rows_from
+from switchkd.data import Rows, read_examples, rows_from
 from switchkd.templates import alpaca_prompt
 
 RECORDS = [{"prompt": f"say {i}", "completion": str(i)} for i in range(3)]
@@ -49,3 +52,26 @@ def test_an_empty_instruction_stands_for_its_input(tokenizer):
         (row,) = rows_from([record], tokenizer, 500, 9).rows
         assert tokenizer.decode(row.prompt_ids) == alpaca_prompt("2 + 2?")
         assert row.example.question == "2 + 2?"
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        (SimpleNamespace(columns=["prompt"], __iter__=None), "SimpleNamespace"),
+        (Path("a"), "PosixPath"),
+        (5, "int"),
+        ("a.jsonl", "str"),
+        ({"train": RECORDS}, "dict"),
+    ],
+)
+def test_what_has_no_rows_is_refused(tokenizer, given, name):
+    """The first stands for a DataFrame, whose items are the names of its columns."""
+    with pytest.raises(ValueError, match=f"dataset: got {name}, expected a datasets.Dataset"):
+        rows_from(given, tokenizer, 40, 9)
+
+
+def test_a_compressed_file_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"got .*rows\.jsonl\.gz, expected JSON Lines.*the folder"):
+        read_examples(str(path))

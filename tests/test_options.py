@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, LlamaForCausalLM
 
 from switchkd.checks import check_machine, notes
 from switchkd.config import SwitchConfig
+from switchkd.methods import METHODS
 from switchkd.policies import SKD, AdaSwitch, Student
 from switchkd.trainer import SwitchTrainer
 from switchkd.vocabulary import share_vocabulary
@@ -28,6 +29,7 @@ def config(**given):
         {"ddp_static_graph": True},
         {"detach_mixture": True, "loss_type": "tvd"},
         {"learning_rate": float("inf")},
+        {"weight_decay": -0.1},
         {"bf16_full_eval": True},
         {"temperature": 1e-6},
         {"student_temperature": float("inf")},
@@ -54,9 +56,14 @@ def test_a_configuration_refuses(given):
         ({"dataloader_num_workers": -1}, "dataloader_num_workers -1"),
         ({"dataloader_multiprocessing_context": "fork"}, "multiprocessing_context fork"),
         ({"torch_compile_mode": "foo"}, "torch_compile_mode: got foo"),
+        ({"push_to_hub": True, "hub_token": "x"}, "push_to_hub: got true, but the Hub says: no"),
     ],
 )
-def test_what_training_would_find_late_is_tried_before(given, match):
+def test_what_training_would_find_late_is_tried_before(given, match, monkeypatch):
+    def refuse(token):
+        raise RuntimeError(f"no {token}")
+
+    monkeypatch.setattr("switchkd.checks.whoami", refuse)
     with pytest.raises(ValueError, match=match):
         check_machine(config(**given))
 
@@ -81,6 +88,60 @@ def test_options_of_another_policy_are_told():
     assert notes(config(adaswitch_k=1.1, adaswitch_window=3, rollout_policy="adaswitch")) == []
     (note,) = notes(config(adaswitch_k=1.1))
     assert note == "adaswitch_k: not used with rollout_policy switch"
+
+
+@pytest.mark.parametrize(
+    "given, note",
+    [
+        ({"skd_top_k": 5}, "skd_top_k: not used with rollout_policy switch"),
+        ({"switch_tau0": 0.5, "rollout_policy": "skd"}, "switch_tau0: not used with rollout_polic"),
+        (
+            {"contrastive_weight": 0.5},
+            "contrastive_weight: not used with loss_type skew_reverse_kl",
+        ),
+        ({"skew_alpha": 0.5, "loss_type": "tvd"}, "skew_alpha: not used with loss_type tvd"),
+        ({"replay_ratio": "constant"}, "replay_ratio: not used with replay_capacity 0"),
+        ({"lm_coef": 0.5}, "lm_coef: not used without lm_file"),
+        ({"calibration_rows": 8}, "calibration_rows: not used without target_teacher_share"),
+        ({"prediction_loss_only": True}, "prediction_loss_only: not used, for validation has"),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps: not used, for validation has"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_an_option_that_has_no_effect_is_told(given, note):
+    (told,) = notes(config(**given))
+    assert told.startswith(note)
+
+
+def test_an_option_that_has_an_effect_is_not_told(tmp_path):
+    text = tmp_path / "text"
+    for given in (
+        {"rollout_policy": "skd", "skd_top_k": 5},
+        {"loss_type": "contrastive_skew", "contrastive_weight": 0.5, "skew_alpha": 0.3},
+        {"replay_capacity": 9, "replay_ratio": "constant"},
+        {"lm_file": str(text), "lm_coef": 0.5},
+        {"target_teacher_share": 0.5, "calibration_rows": 8, "switch_tau_min": 0.1},
+    ):
+        assert notes(config(**given)) == []
+    for method in METHODS.keys() - {"adaswitch"}:
+        assert notes(SwitchConfig(use_cpu=True, method=method)) == []
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"learning_rate": "1e-4"}, "learning_rate: got '1e-4', expected a number"),
+        ({"lmbda": "0.5"}, "lmbda: got '0.5', expected a number"),
+        ({"bf16": "false"}, "bf16: got 'false', expected true or false"),
+        ({"save_completions": "no"}, "save_completions: got 'no', expected true or false"),
+        ({"temperature": None}, "temperature: got None, expected a number"),
+    ],
+    ids=str,
+)
+def test_text_is_no_number(given, expected):
+    """As of a YAML file that Python reads: 1e-4 is text there, and "false" would be true."""
+    with pytest.raises(ValueError, match=expected):
+        config(**given)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """In Python: what SwitchTrainer loads, what it refuses, and what it tells."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,13 +49,41 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
         build(tmp_path, args=TrainingArguments(output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="model_init: got"):
         build(tmp_path, model=None, model_init=tiny_model)
-    with pytest.raises(ValueError, match="model: got None"):
-        build(tmp_path, model=None)
+    for given, error, match in (
+        ({"model": None}, ValueError, "^model: got None, expected"),
+        ({"model": tmp_path}, ValueError, "^model: got PosixPath, expected .*as text"),
+        ({"teacher_model": None}, ValueError, "^teacher_model: got None, .*rollout_policy switch"),
+        ({"teacher_model": print}, ValueError, "^teacher_model: got builtin_function"),
+        ({"tokenizer": None}, TypeError, "argument 'tokenizer'; did you mean processing_class"),
+        ({"teacher": None}, TypeError, "argument 'teacher'; did you mean teacher_model"),
+        ({"args": {}}, TypeError, "^args: got dict, expected a SwitchConfig"),
+        ({"processing_class": None}, ValueError, "^processing_class: got None"),
+        ({"processing_class": "gpt2"}, ValueError, "^processing_class: got str, expected a toke"),
+        ({"peft_config": {"r": 8}}, ValueError, "^peft_config: got dict, expected one of peft"),
+        ({"eval_dataset": None}, ValueError, "^eval_dataset: got None, .* or eval_strategy='no'"),
+    ):
+        with pytest.raises(error, match=match):
+            build(tmp_path, **given)
     model = tiny_model(vocab_size=SIZE, dtype=torch.float32)
     with pytest.raises(ValueError, match="teacher_model: got weights that are the student's"):
         build(tmp_path, model=model, teacher_model=model)
     with pytest.raises(ValueError, match="model: got no trainable parameter"):
         build(tmp_path, model=model.requires_grad_(False))
+
+
+def test_of_a_processor_its_tokenizer_is_taken(tmp_path):
+    processor = SimpleNamespace(tokenizer=byte_tokenizer())  # no other part of it reads text
+    trainer = build(tmp_path, processing_class=processor, teacher_processing_class=processor)
+    assert trainer.processing_class is processor.tokenizer
+
+
+def test_models_that_scale_their_logits_apart_are_refused_before_work(tmp_path):
+    capped = dict(vocab_size=SIZE, final_logit_softcapping=30.0, dtype=torch.float32)
+    teacher = tiny_model("gemma3", **capped)
+    with pytest.raises(ValueError, match="teacher and student scale their logits differently"):
+        build(tmp_path, teacher_model=teacher)
+    args = SwitchConfig(str(tmp_path), method="seqkd", max_new_tokens=9, max_prompt_length=40)
+    build(tmp_path, teacher_model=teacher, args=args)  # its text alone is learnt
 
 
 @pytest.mark.parametrize("role", ["processing_class", "teacher_processing_class"])
