@@ -116,20 +116,26 @@ class Template:
             return alpaca_prompt(message["content"], message.get("input", ""))
         return message["content"]
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """With the special tokens that begin a text, which a chat template writes itself; without
         an EOS that the tokenizer puts after each text: the response would begin behind its own
-        end."""
-        if self.name == "chat":
-            return self._tokens(text)
-        ids = self.tokenizer(text)["input_ids"]
-        if ids[-1:] == [self.tokenizer.eos_token_id]:
-            own = self._tokens(text)
-            return ids if ids[-len(own) :] == own else ids[:-1]
-        return ids
+        end.
 
-    def completion_ids(self, example, text: str, prompt: Sequence[int]) -> tuple[list[int], bool]:
-        """The first reference and its end, as it follows the prompt; whether it does.
+        All at once: a tokenizer shares many texts out to all cores.
+        """
+        chat, eos = self.name == "chat", self.tokenizer.eos_token_id
+        every = self.tokenizer(list(texts), add_special_tokens=not chat)["input_ids"]
+        for row, ids in enumerate(every):
+            if not chat and ids[-1:] == [eos]:
+                own = self._tokens(texts[row])
+                every[row] = ids if ids[-len(own) :] == own else ids[:-1]
+        return every
+
+    def completion_ids(
+        self, examples, texts: Sequence[str], prompts: Sequence[Sequence[int]]
+    ) -> list[tuple[list[int], bool]]:
+        """Of each example the first reference and its end, as it follows the prompt; whether it
+        does.
 
         Prompt and response are tokenised as one text, as MiniLLM and TRL do: apart, SentencePiece
         would begin the response with a space, and a template may write more than the response: a
@@ -137,18 +143,19 @@ class Template:
         Where the prompt's tokens are not those that begin the whole, the response stands for
         itself.
         """
-        response, end = example.references[0], self.tokenizer.eos_token_id
+        responses, end = [e.references[0] for e in examples], self.tokenizer.eos_token_id
         if self.name == "chat":
-            whole = self._conversation(example, response)
-            ids = [] if whole is None else self._tokens(whole)
+            wholes = [self._conversation(*pair) for pair in zip(examples, responses, strict=True)]
             end = self.turn_end
         else:
-            ids = self.prompt_ids(text + response)
-        joined = ids[: len(prompt)] == list(prompt)
-        ids = ids[len(prompt) :] if joined else self._tokens(response)
-        eos = self.tokenizer.eos_token_id
-        ended = ids[-1:] and ids[-1] in {eos, end, *self._specials.values()}
-        return ids if ended else [*ids, end], joined
+            wholes = [text + response for text, response in zip(texts, responses, strict=True)]
+        every = self.prompt_ids([whole or "" for whole in wholes])
+        ends, found = {self.tokenizer.eos_token_id, end, *self._specials.values()}, []
+        for ids, prompt, response in zip(every, prompts, responses, strict=True):
+            joined = ids[: len(prompt)] == list(prompt)
+            ids = ids[len(prompt) :] if joined else self._tokens(response)
+            found.append((ids if ids[-1:] and ids[-1] in ends else [*ids, end], joined))
+        return found
 
     @cached_property
     def turn_end(self) -> int:

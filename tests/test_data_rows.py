@@ -75,3 +75,26 @@ def test_a_compressed_file_is_named(tmp_path):
     path.write_bytes(b"\x1f\x8b")
     with pytest.raises(ValueError, match=r"got .*rows\.jsonl\.gz, expected JSON Lines.*the folder"):
         read_examples(str(path))
+
+
+@pytest.mark.parametrize("chat", [None, "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"])
+def test_texts_are_tokenised_together_and_mean_what_they_mean_alone(tokenizer, chat, monkeypatch):
+    """A tokenizer shares many texts out to all cores; an id is one object, be it in many rows."""
+    tokenizer.chat_template, calls = chat, []
+    records = [{"prompt": "ö" * n, "completion": "ü" * (n % 3 + 1)} for n in range(1, 8)]
+    records += [{"prompt": "no response"}, {"prompt": "too long " * 9, "completion": "x"}]
+    alone = [rows_from([r], tokenizer, 40, 9).rows[0] for r in records[:-1]]
+
+    class Counted(type(tokenizer)):
+        def __call__(self, text, **options):
+            calls.append(text)
+            return super().__call__(text, **options)
+
+    tokenizer.__class__ = Counted
+    monkeypatch.setattr("switchkd.data.TOGETHER", 5)  # 9 rows: two times prompts and wholes
+    rows = rows_from(records, tokenizer, 40, 9).rows
+    assert [(row.prompt_ids, row.completion_ids) for row in rows] == [
+        (row.prompt_ids, row.completion_ids) for row in alone
+    ]
+    assert len(calls) == 4 and [row.id for row in rows] == [*range(1, 9)]
+    assert len({id(token) for row in rows for token in row.prompt_ids if token > 256}) <= 1

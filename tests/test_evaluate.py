@@ -252,10 +252,12 @@ def test_responses_are_kept_apart():
 
 def test_rows_too_long_for_one_model_are_left_out_for_all(model_dir):
     class Halves:  # two characters a token
-        chat_template, eos_token_id = None, 1
+        chat_template, eos_token_id, added_tokens_decoder = None, 1, {}
 
-        def __call__(self, text, **_):
-            return {"input_ids": list(range(2, 3 + len(text) // 2))}
+        def __call__(self, texts, **_):
+            if isinstance(texts, str):
+                return {"input_ids": list(range(2, 3 + len(texts) // 2))}
+            return {"input_ids": [self(text)["input_ids"] for text in texts]}
 
     records = [{"prompt": "x" * n, "completion": "y"} for n in (4, 12, 6)]
     save_rows(model_dir / "long.jsonl", records)
