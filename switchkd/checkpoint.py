@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+PREFIX_CHECKPOINT_DIR = "checkpoint"  # Trainer's, whose import takes seconds: a report needs none
 CONFIG, COMPLETIONS, SUMMARY = "config.yaml", "completions.jsonl", "summary.json"
 STATE = "trainer_state.json"
 RUN_STATE = "run_state.json"  # in each checkpoint: what the summary needs beyond trainer_state.json

@@ -19,12 +19,12 @@ from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from switchkd import adapters, checks, losses, metrics, mixture, models
 from switchkd.attention import without_cudnn
 from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
+    PREFIX_CHECKPOINT_DIR,
     RUN_STATE,
     adopt_threshold,
     append_completions,

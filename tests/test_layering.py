@@ -1,8 +1,11 @@
-"""The kernels stand alone: nothing but torch, and none of the rest of the project."""
+"""The kernels stand alone: nothing but torch, and none of the rest of the project. What needs no
+model does not wait for what loads one."""
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 SCRIPT = """
@@ -24,3 +27,9 @@ def test_kernels_import_and_run_without_the_rest():
     path = {"PYTHONPATH": str(KERNELS), "PATH": ""}
     done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["switchkd", "switchkd.__main__", "switchkd.report.__main__"])
+def test_what_needs_no_model_does_not_wait_for_torch(module):
+    script = f"import sys, {module}\nassert not {{'torch', 'transformers'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
