@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from switchkd.arguments import expect, option, read_mapping
+from switchkd.arguments import DTYPES, expect, option, read_mapping
 from switchkd.models import EMBEDDED
 from switchkd.records import EVALUATED
 from switchkd.templates import TEMPLATES
@@ -92,6 +92,9 @@ class EvalArguments:
             need(name, len(given) in (0, 1, len(models)), f"one, or one for each of {models}")
             values = (given or ["none"]) * (1 if len(given) == len(models) else len(models))
             setattr(self, name, [None if v == "none" else v for v in values])
+        self.dtype = DTYPES.get(self.dtype, self.dtype)
+        dtypes = "auto", *DTYPES.values()
+        need("dtype", self.dtype in dtypes, f"one of {', '.join(dtypes)}")
         need("seeds", len(set(self.seeds)) == len(self.seeds) > 0, "at least one, none twice")
         for name in ("batch_size", "max_new_tokens", "max_prompt_length", "limit"):
             value = getattr(self, name)

@@ -313,6 +313,9 @@ def test_bad_arguments_are_told(model_dir, capsys):
         assert f"{name}: got 0, expected an integer >= 1" in said()
     assert evaluate(model_dir, "c.json", template="foo") == 1
     assert "template: got 'foo', expected one of auto, chat, alpaca, none" in said()
+    assert evaluate(model_dir, "c.json", dtype="fp8") == 1
+    assert "dtype: got 'fp8', expected one of auto, float32, bfloat16" in said()
+    assert EvalArguments(dtype="bf16").dtype == "bfloat16"  # as in training
     for data in (["a/test.jsonl", "b/test.jsonl"], ["test=a.jsonl", "test=b.jsonl"]):
         assert evaluate(model_dir, "c.json", data=data) == 1
         assert "data: got two sets test, expected a name for each (NAME=" in said()
