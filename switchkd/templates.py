@@ -90,6 +90,13 @@ class Template:
             raise ValueError(f"template: got {name!r}, expected one of {', '.join(TEMPLATES)}")
         if name == "chat" and not tokenizer.chat_template:
             raise ValueError("template: got 'chat', but the tokenizer has no chat template")
+        # It has a format of chats, and no template.
+        if name == "auto" and type(tokenizer).__name__ == "MistralCommonBackend":
+            raise ValueError(
+                "template: got 'auto' with a tokenizer of mistral-common, whose chats are no "
+                "template; expected alpaca or none, or no package mistral-common, without which "
+                "the tokenizer of transformers is loaded (in Python: mistral_format=False)"
+            )
         if name == "auto":
             plain = "none" if form == "prompt/completion" else "alpaca"
             name = "chat" if tokenizer.chat_template else plain

@@ -131,3 +131,11 @@ def test_a_prompt_of_no_token_is_left_out():
     rows = rows_of(tokenizer, system, ROW)
     assert rows.report.left_out == {"rows with a prompt of no token": [1]}
     assert [row.id for row in rows.rows] == [2]
+
+
+def test_a_chat_format_without_a_template_is_not_passed_over(tokenizer):
+    """A model that has learnt it would be given the prompt of Alpaca without a word."""
+    tokenizer.__class__ = type("MistralCommonBackend", (type(tokenizer),), {})
+    with pytest.raises(ValueError, match="template: got 'auto' with a tokenizer of mistral-common"):
+        Template.of("auto", "messages", tokenizer)
+    assert Template.of("alpaca", "messages", tokenizer).name == "alpaca"
