@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import sacrebleu
 import torch
 from rouge_score import rouge_scorer
-from rouge_score.tokenizers import Tokenizer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from switchkd_kernels import divergence_loss, jsd
 from torch import nn
 
@@ -43,7 +43,8 @@ class AnyScript(Tokenizer):
         return self.TOKEN.findall("".join(kept))
 
 
-PUBLISHED = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+# One that is not given is logged, by which absl sets up the logging of the whole program.
+PUBLISHED = rouge_scorer.RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 ANY_SCRIPT = rouge_scorer.RougeScorer(["rougeL"], tokenizer=AnyScript())
 
 

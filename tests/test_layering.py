@@ -33,3 +33,9 @@ def test_kernels_import_and_run_without_the_rest():
 def test_what_needs_no_model_does_not_wait_for_torch(module):
     script = f"import sys, {module}\nassert not {{'torch', 'transformers'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_logging_is_the_programs_own():
+    """Of two calls of basicConfig the second does nothing, and that would be the user's."""
+    script = "import logging, switchkd.metrics\nassert not logging.root.handlers"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
