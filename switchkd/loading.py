@@ -66,7 +66,11 @@ def load_tokenizers(script: ScriptArguments, config: SwitchConfig) -> tuple:
     if place is None:
         return with_kwargs(mine, told), None
     theirs = load_tokenizer(**place)
-    check_tables(theirs, mine)
+    try:
+        check_tables(theirs, mine)
+    except ValueError as error:
+        names = script.model_name_or_path, script.teacher_model_name_or_path
+        raise ValueError(f"{error} (student {names[0]}, teacher {names[1]})") from None
     return with_kwargs(mine, told), theirs
 
 

@@ -28,7 +28,7 @@ def read_records(
         files = [EMBEDDED_DIR / "data" / f"{split}.jsonl" for split in splits]
         path = next((file for file in files if file.is_file()), files[0])
     if path.suffix in (".jsonl", ".json") or path.is_file():
-        return path.name, _read_file(path)
+        return ("embedded " if source == EMBEDDED else "") + path.name, _read_file(path)
     return _read_hub(source, splits)
 
 

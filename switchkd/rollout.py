@@ -193,8 +193,9 @@ def check_lengths(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
     need = max(map(len, prompts)) + max_new_tokens
     if limit is not None and need > limit:
         raise ValueError(
-            f"the longest prompt and response need {need} positions, "
-            f"expected at most {limit} ({type(config).__name__}.max_position_embeddings)"
+            f"the longest prompt of {need - max_new_tokens} and a response of {max_new_tokens} "
+            f"tokens need {need} positions, expected at most {limit} "
+            f"({type(config).__name__}.max_position_embeddings)"
         )
 
 

@@ -363,7 +363,8 @@ def test_text_blocks(tmp_path, tokenizer):
 def test_embedded_data_is_there_with_its_licence():
     from switchkd.models import EMBEDDED_DIR
 
-    train, _ = read_examples("embedded", split="train")
+    train, report = read_examples("embedded", split="train")
+    assert report.source == "embedded train.jsonl"  # not a file of the user's
     valid, _ = read_examples("embedded", split="valid")
     assert len(train) >= 300 and len(valid) >= 50
     assert not {e.question for e in train} & {e.question for e in valid}

@@ -77,7 +77,11 @@ CHEAP = [
     ({"dataset_name": "{}/prompts.jsonl"}, "got rows without a response"),
     ({"teacher_model_name_or_path": "{}/other"}, "token '<new>' has id 258 for the teacher"),
     ({"student_layers": 9}, "expected rising layer numbers from 0 to 1"),
-    ({"max_new_tokens": 120}, "need 140 positions, expected at most 128"),
+    ({"teacher_model_name_or_path": "{}/other"}, "need equal ids (student "),
+    (
+        {"max_new_tokens": 120},
+        "of 20 and a response of 120 tokens need 140 positions, expected at mo",
+    ),
     ({"max_response_length": 120}, "need 140 positions, expected at most 128"),
     ({"lm_file": "absent.txt"}, "lm_file: got absent.txt"),
     ({"teacher_quantization": "3bit"}, "teacher_quantization: got '3bit'"),
