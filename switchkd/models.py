@@ -79,6 +79,8 @@ def _load(factory, name: str, gguf_file: str | None, **kwargs):
         reason = lines[0] if lines else type(error).__name__
         if HF_HUB_OFFLINE and not Path(path).exists():
             reason = "HF_HUB_OFFLINE is set, and it is neither a folder nor in the Hub's cache"
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            reason = "there is no such folder"  # and no id of the Hub is like that
         found = next(Path(path).glob("*.gguf"), None)
         if gguf_file is None and found is not None and not (Path(path) / "config.json").exists():
             reason = f"got no gguf_file (--gguf_file), and the folder holds {found.name}"

@@ -242,6 +242,11 @@ def test_broken_weights_are_refused_before_any_work():
 def test_missing_and_corrupt_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot load the model .*absent"):
         load_model(str(tmp_path / "absent"))
+    for name in ("./absent", "~/absent", "runs/absent/model"):
+        with pytest.raises(
+            ValueError, match="cannot load the tokenizer .* there is no such folder"
+        ):
+            load_tokenizer(name)
     with pytest.raises(ValueError, match="cannot load the tokenizer .*absent"):
         load_tokenizer(str(tmp_path / "absent"))
     (tmp_path / "a.gguf").write_bytes(b"")
