@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from switchkd.records import EVALUATED, Unreadable, lines_of, read_records
+from switchkd.records import EVALUATED, Unreadable, pieces_of, read_records
 from switchkd.templates import Template
 
 FORMS = {
@@ -393,8 +394,11 @@ def _keys(example: Example, text: str) -> tuple:
 
 def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
     """A text file as token ids (blocks, width), for the extra language-model loss."""
-    ids = tokenizer("".join(lines_of(Path(file))), add_special_tokens=False)["input_ids"]
+    ids, pieces = array("q"), pieces_of(Path(file))
+    while some := list(islice(pieces, 100)):  # a megabyte: a tokenizer takes 170 bytes for each
+        for found in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids.extend(found)
     blocks = len(ids) // width
     if blocks == 0:
         raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")
-    return torch.tensor(ids[: blocks * width]).view(blocks, width)
+    return torch.frombuffer(ids, dtype=torch.int64)[: blocks * width].view(blocks, width)

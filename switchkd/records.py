@@ -10,6 +10,7 @@ from switchkd.models import EMBEDDED, EMBEDDED_DIR
 
 EVALUATED = ("test", "validation", "valid")  # the split to evaluate on: the first that there is
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".xz", ".bz2", ".zip")
+PIECE = 10_000  # characters
 
 
 class Unreadable(str):
@@ -43,6 +44,18 @@ def lines_of(path: Path) -> Iterator[str]:
                     f"{path.name}, line {number}: got the byte 0x{line[error.start]:02x} "
                     f"({error.reason}), expected a file in UTF-8"
                 ) from None
+
+
+def pieces_of(path: Path) -> Iterator[str]:
+    """A text file in pieces of whole lines, none much longer than it must be."""
+    text = ""
+    for line in lines_of(path):
+        text += line
+        if len(text) >= PIECE:
+            yield text
+            text = ""
+    if text:
+        yield text
 
 
 def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:

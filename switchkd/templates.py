@@ -131,7 +131,8 @@ class Template:
         All at once: a tokenizer shares many texts out to all cores.
         """
         chat, eos = self.name == "chat", self.tokenizer.eos_token_id
-        every = self.tokenizer(list(texts), add_special_tokens=not chat)["input_ids"]
+        how = dict(add_special_tokens=not chat, verbose=False)  # of lengths, which are looked at
+        every = self.tokenizer(list(texts), **how)["input_ids"]
         for row, ids in enumerate(every):
             if not chat and ids[-1:] == [eos]:
                 own = self._tokens(texts[row])

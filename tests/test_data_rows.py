@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.data import Dataset
 
-from switchkd.data import Rows, read_examples, rows_from
+from switchkd.data import Rows, read_examples, rows_from, text_blocks
+from switchkd.records import pieces_of
 from switchkd.templates import alpaca_prompt
 
 RECORDS = [{"prompt": f"say {i}", "completion": str(i)} for i in range(3)]
@@ -98,3 +99,23 @@ def test_texts_are_tokenised_together_and_mean_what_they_mean_alone(tokenizer, c
     ]
     assert len(calls) == 4 and [row.id for row in rows] == [*range(1, 9)]
     assert len({id(token) for row in rows for token in row.prompt_ids if token > 256}) <= 1
+
+
+def test_a_long_text_is_tokenised_in_pieces_of_whole_lines(tmp_path, tokenizer, monkeypatch):
+    """As one it would take two hundred times its size."""
+    text = "".join(f"{'ä' * (n % 7)}{n}\n" for n in range(300)) + "\n\nend"
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    whole = text_blocks(str(path), tokenizer, 5)
+    monkeypatch.setattr("switchkd.records.PIECE", 8)
+    pieces = list(pieces_of(path))
+    assert "".join(pieces) == text and 100 < len(pieces) < 300  # and more than go together
+    assert text_blocks(str(path), tokenizer, 5).equal(whole)
+
+
+def test_a_row_that_is_left_out_brings_no_warning_about_its_length(tokenizer, monkeypatch):
+    said, tokenizer.model_max_length = [], 20
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", said.append)
+    rows = [*RECORDS, {"prompt": "x" * 30, "completion": "y"}]
+    assert len(rows_from(rows, tokenizer, 20, 9)) == 3
+    assert said == []
