@@ -105,6 +105,8 @@ def check_machine(args: SwitchConfig) -> None:
         raise ValueError(f"lm_file: got {args.lm_file}, expected an existing text file")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: got true on a CPU, expected a GPU, or bf16")
+    if args.world_size > 1:
+        check_processes(args)
     check_optimizer(args)
     if args.push_to_hub and args.process_index == 0:
         try:
@@ -124,6 +126,20 @@ def check_machine(args: SwitchConfig) -> None:
     except ValueError as error:
         given = ", ".join(f"dataloader_{name} {value}" for name, value in options.items())
         raise ValueError(f"got {given}: {error}") from None
+
+
+def check_processes(args: SwitchConfig) -> None:
+    """All of them make the same steps, or they wait for each other."""
+    if not args.accelerator_config.even_batches:
+        raise ValueError(
+            "accelerator_config: got even_batches false with several processes, expected true: "
+            "they would end an epoch at different steps; rows that only fill up are not trained on"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: got true with several processes, expected false: while one "
+            "begins anew, the others wait for it"
+        )
 
 
 def check_optimizer(args: SwitchConfig) -> None:

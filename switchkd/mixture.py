@@ -214,11 +214,16 @@ def deal(
     over its tokens, so who sits with whom changes nothing but the padding.
 
     columns: which of `Text.columns` the loss needs. row_ids (rows,) tell the rows apart in errors.
+    A batch of no text has one that counts nothing, and says so by `idle`.
     """
     left = sorted(texts, key=lambda text: len(text.row.prompt_ids) + len(text.tokens))
     batches = []
     for size in sizes:
         part, left = left[:size], left[size:]
+        if not part:
+            nothing = collate([[pad]], [[pad]], pad)
+            batches.append(nothing | {"row_ids": torch.tensor([0]), "idle": True})
+            continue
         batch = collate(
             [text.row.prompt_ids for text in part],
             [text.tokens for text in part],
@@ -228,6 +233,13 @@ def deal(
         )
         batches.append(batch | {"row_ids": torch.tensor([text.row.id for text in part])})
     return batches
+
+
+def written(texts: Sequence[Text]) -> tuple[int, int]:
+    """Tokens of the fresh rollouts, and how many of them the teacher wrote."""
+    fresh = [text for text in texts if text.source == "rollout"]
+    by_teacher = sum(int(text.from_teacher.sum()) for text in fresh)
+    return sum(len(text.tokens) for text in fresh), by_teacher
 
 
 def records(texts: Sequence[Text], rollout: Rollout | None, step: int, decode) -> list[dict]:

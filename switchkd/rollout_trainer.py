@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from switchkd import losses
+from switchkd import losses, metrics
 from switchkd.cache import capacity_for
-from switchkd.checkpoint import day_of, last_checkpoint
+from switchkd.checkpoint import append_completions, day_of, last_checkpoint
 from switchkd.config import SwitchConfig
 from switchkd.data import Row, Rows, rows_from
 from switchkd.decoder import rollout as block_rollout
 from switchkd.distributed import ShardedTrainer
 from switchkd.engine import Engine
-from switchkd.mixture import Mixture, Text
+from switchkd.mixture import Mixture, Text, records, write
 from switchkd.models import count_parameters, evaluating
 from switchkd.rollout import Rollout, rollout_in_batches
 
@@ -59,6 +61,49 @@ class RolloutTrainer(ShardedTrainer):
                   "row_weights": args.importance_weight}  # fmt: skip
         self._columns = [name for name, on in wanted.items() if on]  # per token, for the loss
 
+    def _next_rows(self, epoch_iterator, num_batches: int) -> tuple[list[Row], list[int]]:
+        """The rows of a step on this rank, and how many of them are in each of its batches.
+
+        For all ranks to make the same steps, accelerate fills up the last batches of an epoch with
+        rows of its beginning. They are left out: one process does not train on them twice.
+        """
+        args, rows, sizes = self.args, [], []
+        for _ in range(num_batches):
+            try:
+                batch = next(epoch_iterator)["rows"].tolist()
+            except StopIteration:
+                break
+            ends = self.accelerator.gradient_state.end_of_dataloader
+            if args.world_size > 1 and ends and not args.dataloader_drop_last:
+                last = len(self.train_dataset) % args.rows_per_batch or args.rows_per_batch
+                batch = batch[: max(last - args.process_index * len(batch), 0)]
+            rows += [self.train_dataset.rows[i] for i in batch]
+            sizes.append(len(batch))
+        return rows, sizes
+
+    def _write(self, rows: list[Row], epoch: int) -> list[Text]:
+        """The texts of a window: from the data, from the replay buffer, or written now."""
+        step, args = self.state.global_step, self.args
+        texts = self.mixture.draw(rows, epoch, step / max(self.state.max_steps, 1))
+        fresh = [text for text in texts if text.source == "rollout"]
+        rollout = self.roll_out([text.row for text in fresh], epoch) if fresh else None
+        if rollout is not None:
+            rate = self.policy.rate if args.importance_weight else None
+            write(fresh, rollout, step + 1, rate)
+            if args.draft_from_history:
+                self._history.update((text.row.id, text.tokens) for text in fresh)
+            first, every = fresh[0], self.state.logging_steps or math.inf  # 0: no such log
+            if first.hidden is not None and step % every == 0:
+                said = rollout.student_logprob[0, : len(first.tokens)]
+                for name, value in self.differences(first, said).items():
+                    self._logs[name].append(value)
+        self.mixture.keep(texts, self._gather)
+        self._record(rollout, texts)
+        return texts
+
+    def _gather(self, objects: list) -> list:
+        return gather_object(objects) if self.args.world_size > 1 else objects
+
     def roll_out(self, rows: list[Row], epoch: int) -> Rollout:
         """Completions of `rows` by the current student and the teacher, in the order given."""
         args, teacher, student = self.args, self.teacher, self._student_for_decoding()
@@ -89,6 +134,22 @@ class RolloutTrainer(ShardedTrainer):
                 history=[self._history.get(row.id) for row in rows],
                 on_step=lambda _written, left: bar.update(len(rows) - left - bar.n),
             )  # fmt: skip
+
+    def _record(self, rollout: Rollout | None, texts: list[Text]) -> None:
+        """Seconds, log values, completions.jsonl; None where no row of this rank was rolled out."""
+        if rollout is not None:
+            self.totals["rollout_seconds"] += rollout.seconds
+            for name, value in metrics.describe(rollout, self.vocabulary.eos_token_ids).items():
+                self._logs[name].append(value)
+        for name, value in self.mixture.describe(texts).items():
+            self._logs[name].append(value)
+        decode = self.processing_class.decode
+        lines = records(texts, rollout, self.state.global_step + 1, decode)
+        self._last_sample = next((r for r in lines if "replay_of" not in r), self._last_sample)
+        if self.args.save_completions:
+            lines = self._gather(lines)
+            if self.is_world_process_zero():
+                append_completions(self.args.output_dir, lines)
 
     def differences(self, text: Text, logprob: Tensor) -> dict[str, float]:
         """How far decoding is from training passes over the text that it wrote: the teacher's kept

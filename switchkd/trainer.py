@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from switchkd_kernels import InvalidLogits, uniform
 from switchkd_kernels.reference import STREAM_TEXT
 from torch import Tensor
@@ -27,7 +25,6 @@ from switchkd.checkpoint import (
     PREFIX_CHECKPOINT_DIR,
     RUN_STATE,
     adopt_threshold,
-    append_completions,
     checkpoint_step,
     drop_completions_after,
     find_checkpoint,
@@ -38,9 +35,9 @@ from switchkd.checkpoint import (
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
-from switchkd.data import Row, text_blocks
+from switchkd.data import text_blocks
 from switchkd.distributed import with_whole_weights
-from switchkd.rollout import Rollout, Sampling, check_lengths
+from switchkd.rollout import Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer
 from switchkd.templates import with_kwargs
 from switchkd.vocabulary import share_vocabulary
@@ -185,14 +182,7 @@ class SwitchTrainer(RolloutTrainer):
         """All micro-batches of one optimizer step, the rollouts of all of them decoded at once."""
         if 0 < self.state.max_steps <= self.state.global_step:  # of a run resumed at its end:
             return [], torch.zeros(2, device=device)  # Trainer looks at that after a step alone
-        sizes, rows = [], []
-        for _ in range(num_batches):
-            try:
-                batch = next(epoch_iterator)["rows"].tolist()
-            except StopIteration:
-                break
-            rows += [self.train_dataset.rows[i] for i in batch]
-            sizes.append(len(batch))
+        rows, sizes = self._next_rows(epoch_iterator, num_batches)
         epoch = int(self.state.epoch or 0)
         texts = self._write(rows, epoch)
         if self.teacher_shards is not None and self.args.loss_type != "cross_entropy":
@@ -201,33 +191,13 @@ class SwitchTrainer(RolloutTrainer):
         if self._lm_blocks is not None:
             for batch in batches:
                 batch["lm_ids"] = self._choose_blocks(batch["row_ids"], epoch)
-        counts = torch.tensor([sum(len(text.tokens) for text in texts), len(texts)], device=device)
+        tokens = sum(len(text.tokens) for text in texts)
+        counts = torch.tensor([tokens, len(texts), *mixture.written(texts)], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
-        return batches, counts
-
-    def _write(self, rows: list[Row], epoch: int) -> list[mixture.Text]:
-        """The texts of a window: from the data, from the replay buffer, or written now."""
-        step, args = self.state.global_step, self.args
-        texts = self.mixture.draw(rows, epoch, step / max(self.state.max_steps, 1))
-        fresh = [text for text in texts if text.source == "rollout"]
-        rollout = self.roll_out([text.row for text in fresh], epoch) if fresh else None
-        if rollout is not None:
-            rate = self.policy.rate if args.importance_weight else None
-            mixture.write(fresh, rollout, step + 1, rate)
-            if args.draft_from_history:
-                self._history.update((text.row.id, text.tokens) for text in fresh)
-            first, every = fresh[0], self.state.logging_steps or math.inf  # 0: no such log
-            if first.hidden is not None and step % every == 0:
-                said = rollout.student_logprob[0, : len(first.tokens)]
-                for name, value in self.differences(first, said).items():
-                    self._logs[name].append(value)
-        self.mixture.keep(texts, self._gather)
-        self._record(rollout, texts)
-        return texts
-
-    def _gather(self, objects: list) -> list:
-        return gather_object(objects) if self.args.world_size > 1 else objects
+        for name, count in zip(("tokens", "teacher_tokens"), counts[2:].tolist(), strict=True):
+            self.totals[name] += count
+        return batches, counts[:2]
 
     def _choose_blocks(self, ids: Tensor, epoch: int) -> Tensor:
         """One block of the extra text per row id, by (row, epoch): independent of batching."""
@@ -244,6 +214,7 @@ class SwitchTrainer(RolloutTrainer):
         tokens, samples = num_items_in_batch
         student, args = self.accelerator.unwrap_model(model), self.args
         row_ids, lm_ids = inputs.pop("row_ids"), inputs.pop("lm_ids", None)
+        idle = inputs.pop("idle", False)
         start = time.perf_counter()
 
         def where(error: InvalidLogits) -> str:
@@ -252,8 +223,10 @@ class SwitchTrainer(RolloutTrainer):
 
         with self.naming(where):
             loss = losses.distillation_loss(
-                self.teacher, model, student, inputs, vocab_size=self.vocabulary.size,
-                kind=args.loss_type, alpha=args.skew_alpha, detach_mixture=args.detach_mixture,
+                None if idle else self.teacher, model, student, inputs,
+                kind="cross_entropy" if idle else args.loss_type,
+                vocab_size=self.vocabulary.size, alpha=args.skew_alpha,
+                detach_mixture=args.detach_mixture,
                 beta=0.5 if args.beta is None else args.beta,
                 contrastive_weight=args.contrastive_weight,
             )  # fmt: skip
@@ -265,30 +238,14 @@ class SwitchTrainer(RolloutTrainer):
                 None, model, student, text, vocab_size=self.vocabulary.size, kind="cross_entropy"
             )
             loss = loss + args.lm_coef * lm_loss / (samples * (lm_ids.shape[1] - 1))
+        if idle:  # a pass for the sake of the other processes, which wait for its gradients
+            loss = 0 * loss
         if not torch.isfinite(loss):
             raise self._broken(f"data rows {row_ids.tolist()}: the loss is {loss.item()}")
         self._logs["time/forward"].append(time.perf_counter() - start)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes
 
-    # ------------------------------------------------------------------ records and logs
-
-    def _record(self, rollout: Rollout | None, texts: list[mixture.Text]) -> None:
-        """Totals, log values, completions.jsonl; None where no row of this rank was rolled out."""
-        if rollout is not None:
-            self.totals["tokens"] += int(rollout.lengths.sum())
-            self.totals["teacher_tokens"] += rollout.teacher_tokens()
-            self.totals["rollout_seconds"] += rollout.seconds
-            for name, value in metrics.describe(rollout, self.vocabulary.eos_token_ids).items():
-                self._logs[name].append(value)
-        for name, value in self.mixture.describe(texts).items():
-            self._logs[name].append(value)
-        decode = self.processing_class.decode
-        records = mixture.records(texts, rollout, self.state.global_step + 1, decode)
-        self._last_sample = next((r for r in records if "replay_of" not in r), self._last_sample)
-        if self.args.save_completions:
-            records = self._gather(records)
-            if self.is_world_process_zero():
-                append_completions(self.args.output_dir, records)
+    # ------------------------------------------------------------------ logs
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

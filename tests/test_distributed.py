@@ -178,6 +178,21 @@ def test_resuming_with_another_number_of_rows_in_a_step_is_refused(runs, capsys)
     assert "got 6 rows in a step" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_no_row_is_trained_on_twice_to_fill_up_the_last_batch_of_an_epoch(folder, launch):
+    """20 rows less 3: the last step has one, of which the second process has none."""
+    options = {"max_train_rows": 20, "lmbda": 0.9}
+    if not (folder / "uneven_one").exists():
+        assert main(argv(folder, "uneven_one", **options)) == 0
+    name = "uneven_fsdp2" if launch else "uneven_ddp"
+    two(argv(folder, name, **options), **launch)
+    assert_same(folder, "uneven_one", name)
+    sums = [json.loads((folder / x / "summary.json").read_text()) for x in ("uneven_one", name)]
+    for key in ("rollout_tokens", "teacher_share"):
+        assert sums[0][key] == sums[1][key]
+
+
 RECOMPUTED = {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}
 
 

@@ -68,6 +68,16 @@ def test_what_training_would_find_late_is_tried_before(given, match, monkeypatch
         check_machine(config(**given))
 
 
+def test_processes_that_would_wait_for_each_other_are_refused(monkeypatch):
+    uneven = {"accelerator_config": {"even_batches": False}}
+    for given in (uneven, {"auto_find_batch_size": True}):
+        check_machine(config(**given))
+        with monkeypatch.context() as two:
+            two.setattr(SwitchConfig, "world_size", 2)
+            with pytest.raises(ValueError, match=f"{next(iter(given))}: got .*several processes"):
+                check_machine(config(**given))
+
+
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_a_metric_knows_which_way_is_better(kind):
     for metric, mode in ((None, "max"), ("rouge_l", "max"), ("kl", "min")):
