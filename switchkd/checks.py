@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import whoami
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from switchkd import models
+from switchkd.arguments import is_whole
 from switchkd.config import SwitchConfig
 from switchkd.data import Rows
 from switchkd.methods import preset
@@ -113,6 +115,7 @@ def check_machine(args: SwitchConfig) -> None:
             whoami(args.hub_token)
         except Exception as error:  # of the network, of the Hub, or no token
             raise ValueError(f"push_to_hub: got true, but the Hub says: {error}") from None
+    check_checkpointing(args)
     if args.torch_compile:
         kind = dict(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         try:
@@ -157,6 +160,21 @@ def check_optimizer(args: SwitchConfig) -> None:
 
 def _default(option: Field):
     return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def check_checkpointing(args: SwitchConfig) -> None:
+    """Compute something again, as the first step would."""
+    options = dict(args.gradient_checkpointing_kwargs or {})
+    if not (args.gradient_checkpointing and options):
+        return
+    said = f"gradient_checkpointing_kwargs: got {options}"
+    options.pop("offload", None)  # Trainer's own, as the next
+    if not is_whole(options.pop("every_n_layers", 1), 1):
+        raise ValueError(f"{said}, expected an integer >= 1 for every_n_layers")
+    try:
+        checkpoint(nn.Identity(), torch.zeros(1, requires_grad=True), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{said}: {error}") from None
 
 
 def notes(args: SwitchConfig, peft_config=None) -> list[str]:

@@ -39,7 +39,7 @@ from switchkd.models import (
     load_model,
     load_tokenizer,
 )
-from switchkd.records import EVALUATED
+from switchkd.records import EVALUATED, UNREADABLE
 from switchkd.rollout import Sampling, check_lengths
 from switchkd.templates import TEMPLATES, with_kwargs
 from switchkd.vocabulary import Vocabulary, share_vocabulary
@@ -252,7 +252,7 @@ def begin(args: EvalArguments) -> dict:
         added = {"no_repeat_ngram_size": 0, "chat_template_kwargs": None}  # since there are files
         before = added | results["settings"]
         before = {name: before[name] for name in SETTINGS}
-    except (ValueError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         raise ValueError(f"json: {path} holds something else; expected a new file") from None
     for name, value in settings.items():
         if before[name] != value:

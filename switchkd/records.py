@@ -13,8 +13,21 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".xz", "
 PIECE = 10_000  # characters
 
 
+# What json.loads raises: ValueError also for numbers of thousands of digits, the other for text
+# that is nested thousands of times.
+UNREADABLE = (ValueError, RecursionError)
+
+
 class Unreadable(str):
     """Why a line is no record."""
+
+
+def why(error: Exception) -> str:
+    """The reason for which a text is no JSON, in short."""
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"{error.msg} at {line}column {error.colno}, cut off?"
+    return str(error).split(":")[0].split(";")[0]
 
 
 def read_records(
@@ -69,9 +82,10 @@ def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:
     first = next((line for line in lines_of(path) if line.strip()), "")
     if path.suffix == ".json" and first.lstrip().startswith("["):
         try:
-            yield from json.loads("".join(lines_of(path)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}: not a valid JSON array ({error}), cut off?") from None
+            records = json.loads("".join(lines_of(path)))
+        except UNREADABLE as error:
+            raise ValueError(f"{path.name}: not a valid JSON array ({why(error)})") from None
+        yield from records
         return
     for line in lines_of(path):
         if not line.strip():
@@ -79,8 +93,8 @@ def _read_file(path: Path) -> Iterator[Mapping | Unreadable | None]:
             continue
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
-            yield Unreadable(f"not valid JSON ({error.msg} at column {error.colno}), cut off?")
+        except UNREADABLE as error:
+            yield Unreadable(f"not valid JSON ({why(error)})")
 
 
 def _read_hub(name: str, splits: Sequence[str]) -> tuple[str, Iterable[Mapping]]:

@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         console.quiet = config.process_index > 0
         return run(script, config, console)
     except (ValueError, OSError, FloatingPointError) as error:
-        console.print("[bold red]error:[/]", end=" ")
+        where = f" in process {config.process_index}" if config and config.world_size > 1 else ""
+        console.quiet = False  # it may be the only one that knows why all of them end
+        console.print(f"[bold red]error{where}:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:

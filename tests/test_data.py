@@ -191,6 +191,8 @@ def test_rows_left_out_are_counted_with_reason_and_line(tmp_path, tokenizer):
     [
         ('{"instruction": "a", "outp', r"line 2: not valid JSON .* cut off\?"),
         ("[1, 2]", r"line 2: got list, expected a JSON object"),
+        ("[" * 100_000, r"line 2: not valid JSON \(maximum recursion depth exceeded"),
+        ('{"prompt": ' + "1" * 5000 + "}", r"line 2: not valid JSON \(Exceeds the limit"),
         ('{"question": "a"}', r"line 2: got the keys \['question'\], expected one of"),
         ('{"instruction": 3, "output": "b"}', r"line 2: instruction: got int, expected a string"),
         ('{"instruction": "a", "output": 3}', r"line 2: output: got 3, expected a string"),
@@ -264,6 +266,8 @@ def test_files_of_other_programs_are_read_or_named(tmp_path, tokenizer):
             read_examples(path, skip_malformed=True)
     with pytest.raises(ValueError, match=r"cut\.json: not a valid JSON array .*cut off\?"):
         read_examples(file("cut.json", f"[{lines[0]},"))
+    with pytest.raises(ValueError, match=r"deep\.json: not a valid JSON array \(maximum rec"):
+        read_examples(file("deep.json", "[" * 100_000))
     with pytest.raises(
         ValueError, match=r"got .*rows\.csv, expected JSON Lines, one object a line"
     ):

@@ -23,6 +23,9 @@ def config(**given):
     return SwitchConfig(use_cpu=True, report_to="none", eval_strategy="no", **given)
 
 
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -57,6 +60,8 @@ def test_a_configuration_refuses(given):
         ({"dataloader_multiprocessing_context": "fork"}, "multiprocessing_context fork"),
         ({"torch_compile_mode": "foo"}, "torch_compile_mode: got foo"),
         ({"push_to_hub": True, "hub_token": "x"}, "push_to_hub: got true, but the Hub says: no"),
+        (RECOMPUTED | {"gradient_checkpointing_kwargs": {"bogus": 1}}, "got .*bogus.*Unexpected"),
+        (RECOMPUTED | {"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "integer >= 1"),
     ],
 )
 def test_what_training_would_find_late_is_tried_before(given, match, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import tracemalloc
 
 import numpy as np
+import pytest
 from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,16 @@ def test_a_large_file_is_streamed(tmp_path):
     with path.open("rb") as file:
         file.seek(got.offsets[177])
         assert json.loads(file.readline())["row"] == 0
+
+
+def test_what_cannot_be_read_is_counted_or_named(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    good = record(1, 0, [0], [0.25], [0.5])
+    path.write_text("\n".join([json.dumps(good), "[" * 100_000, "1" * 5000, "\0" * 9]))
+    assert read_rollouts(path, METRICS["switch"]).broken == 3
+    path.write_text(json.dumps(good | {"row": 2**70}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: expected a rollout .*OverflowError"):
+        read_rollouts(path, METRICS["switch"])
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from switchkd import loading, train
 from switchkd.command_line import parse
+from switchkd.config import SwitchConfig
 from switchkd.console import print_summary
 from switchkd.run_folder import check_output, run_settings
 
@@ -67,6 +68,18 @@ def data(folder, **changes):
 
 def texts(rows):
     return {row.example.question for row in rows.rows}
+
+
+def test_any_process_says_why_it_ends(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(train, "run", fail)
+    for rank in (0, 1):
+        monkeypatch.setattr(SwitchConfig, "process_index", rank)
+        monkeypatch.setattr(SwitchConfig, "world_size", 2)
+        assert run(folder, "broken") == 1
+        assert f"error in process {rank}: the loss is nan" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- before any weights

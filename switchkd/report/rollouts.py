@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from switchkd.records import UNREADABLE
 from switchkd.report.run import Run
 
 
@@ -201,12 +202,12 @@ def read_rollouts(
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except UNREADABLE:
                 rollouts.broken += bool(line.strip())
             else:
                 try:
                     rollouts.add(record, offset)
-                except (KeyError, TypeError, ValueError, IndexError) as error:
+                except (LookupError, TypeError, ValueError, OverflowError) as error:
                     raise ValueError(
                         f"{path}, line {number}: expected a rollout with step, row and lists of "
                         f"one length {', '.join(COLUMNS)} ({type(error).__name__}: {error})"

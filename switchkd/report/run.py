@@ -17,6 +17,7 @@ from switchkd.checkpoint import (
     checkpoints,
     read_settings,
 )
+from switchkd.records import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Run:
 
 def _json(path: Path) -> dict:
     """A JSON object; empty if the file is missing or was cut off by a kill."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, *UNREADABLE):
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
