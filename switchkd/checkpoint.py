@@ -41,7 +41,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def check_checkpoint(path: str | Path) -> None:
     """Raise ValueError, with the reason, for a checkpoint that cannot be resumed from."""
     path = Path(path)
-    if not path.is_dir():
+    if not (path.is_dir() and path.name.rsplit("-", 1)[-1].isdigit()):
         raise ValueError(f"checkpoint: got {path}, expected an existing folder checkpoint-N")
     for name in (STATE, RUN_STATE):  # the first is written last of all files
         try:

@@ -9,13 +9,20 @@ from collections.abc import Callable
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from switchkd_kernels import InvalidLogits
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from switchkd import losses, metrics
 from switchkd.cache import capacity_for
-from switchkd.checkpoint import append_completions, day_of, last_checkpoint
+from switchkd.checkpoint import (
+    append_completions,
+    checkpoint_step,
+    day_of,
+    drop_completions_after,
+    last_checkpoint,
+)
 from switchkd.config import SwitchConfig
 from switchkd.data import Row, Rows, rows_from
 from switchkd.decoder import rollout as block_rollout
@@ -60,6 +67,31 @@ class RolloutTrainer(ShardedTrainer):
         wanted = {"from_teacher": args.loss_type == "contrastive_skew",
                   "row_weights": args.importance_weight}  # fmt: skip
         self._columns = [name for name, on in wanted.items() if on]  # per token, for the loss
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Training, or one attempt at it: `auto_find_batch_size` begins anew with fewer rows in a
+        batch where memory was not enough. What was written in vain does not count."""
+        resumed = kwargs.get("resume_from_checkpoint")
+        first = checkpoint_step(resumed) if resumed else 0
+        totals, mixture = dict(self.totals), self.mixture.state()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except RuntimeError as error:
+            if not (self.args.auto_find_batch_size and should_reduce_batch_size(error)):
+                raise
+            step = self.state.global_step
+            if step > first:
+                raise MemoryError(
+                    f"step {step + 1}: {error} auto_find_batch_size begins anew at the first step "
+                    f"only, for the weights have changed; {self._left()}, to be gone on with in "
+                    "smaller batches and more gradient_accumulation_steps"
+                ) from error
+            self.totals = totals
+            self.mixture.load(mixture)
+            self._logs.clear()
+            if self.is_world_process_zero():
+                drop_completions_after(self.args.output_dir, first)
+            raise
 
     def _next_rows(self, epoch_iterator, num_batches: int) -> tuple[list[Row], list[int]]:
         """The rows of a step on this rank, and how many of them are in each of its batches.
@@ -203,10 +235,12 @@ class RolloutTrainer(ShardedTrainer):
             raise self._broken(f"{where(error)}: {error}") from error
 
     def _broken(self, what: str) -> FloatingPointError:
-        last = last_checkpoint(self.args.output_dir)
-        left = (
-            f"the last intact checkpoint is {last}" if last else "no checkpoint is left to resume"
-        )
         return FloatingPointError(
-            f"step {self.state.global_step + 1}, {what}. Training stops; {left}"
+            f"step {self.state.global_step + 1}, {what}. Training stops; {self._left()}"
+        )
+
+    def _left(self) -> str:
+        last = last_checkpoint(self.args.output_dir)
+        return (
+            f"the last intact checkpoint is {last}" if last else "no checkpoint is left to resume"
         )

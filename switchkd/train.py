@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         script, config = parse(as_flags(sys.argv[1:] if argv is None else argv))
         console.quiet = config.process_index > 0
         return run(script, config, console)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         where = f" in process {config.process_index}" if config and config.world_size > 1 else ""
         console.quiet = False  # it may be the only one that knows why all of them end
         console.print(f"[bold red]error{where}:[/]", end=" ")

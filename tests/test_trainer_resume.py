@@ -9,6 +9,7 @@ from test_trainer import make
 
 from switchkd.checkpoint import check_checkpoint, find_checkpoint
 from switchkd.console import GracefulStop
+from switchkd.trainer import SwitchTrainer
 
 RUN = dict(  # 8 rows: epochs of 4 steps
     method="distillm", lmbda=0.5, replay_capacity=4, per_device_train_batch_size=2, max_steps=12,
@@ -110,6 +111,9 @@ def test_what_is_logged_does_not_change_a_run_with_dropout(tmp_path):
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ValueError, match="got .*best, expected an existing folder checkpoint-N"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "best"))
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="got no intact checkpoint in"):
         make(tmp_path, **options).train(resume_from_checkpoint=True)
@@ -183,6 +187,30 @@ def test_a_new_run_in_the_folder_keeps_the_completions_of_the_last(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names
     texts = [(tmp_path / name).read_text() for name in names]
     assert len(set(texts)) == 3 and {text.count("\n") for text in texts} == {8}
+
+
+def test_what_ran_out_of_memory_is_neither_recorded_nor_counted(tmp_path, monkeypatch):
+    options = dict(RUN, auto_find_batch_size=True, per_device_train_batch_size=8)
+    small, at = [], []
+    step = SwitchTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        small.append(len(inputs["row_ids"]))
+        if small[-1] > 4 or self.state.global_step in at:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return step(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(SwitchTrainer, "compute_loss", compute_loss)
+    trainer = make(tmp_path, lr_scheduler_type="constant", **options)
+    trainer.train()
+    assert small[:5] == [8, 7, 6, 5, 4] and trainer.state.global_step == 12
+    lines = result(trainer)[1]
+    fresh = [r for r in lines if "replay_of" not in r]
+    assert len({(r["step"], r["row"]) for r in fresh}) == len(fresh)
+    assert trainer.totals["tokens"] == sum(len(r["tokens"]) for r in fresh)
+    at.append(7)
+    with pytest.raises(MemoryError, match=r"step 8: CUDA out.*intact checkpoint is .*point-6"):
+        make(tmp_path / "late", **options).train()
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
