@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
 
 from switchkd.arguments import ScriptArguments
 from switchkd.checkpoint import (
@@ -54,6 +57,7 @@ FREE_TO_CHANGE = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
+OVERWRITTEN = "overwritten"  # in the folder of a run: the one that was there before
 LOGS = (COMPLETIONS, SUMMARY, STATE)  # of a run, beside its checkpoints
 RESULTS = (  # what the next run, or who looks for a model or an adapter, could take for its own
     *LOGS,
@@ -127,13 +131,24 @@ def has_logs(folder: Path) -> bool:
     return bool(checkpoints(folder)) or any((folder / name).exists() for name in LOGS)
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder if need be, and write something."""
+@contextlib.contextmanager
+def reserved(folder: Path):
+    """Make the folder if need be, and keep other runs out of it: their files would be mixed."""
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        lock.acquire(blocking=False)  # given back by the system, however this process ends
+    except Timeout:
+        raise ValueError(
+            f"output_dir: got {folder}, where another run is still going on; expected another "
+            "folder, or to wait for its end"
+        ) from None
     except OSError as error:
         raise ValueError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
@@ -145,16 +160,37 @@ def run_settings(script: ScriptArguments, config: SwitchConfig) -> dict:
     return values
 
 
+def forget(folder: str | Path) -> None:
+    """Remove the run that was overwritten: there is something in its place."""
+    shutil.rmtree(Path(folder) / OVERWRITTEN, ignore_errors=True)
+
+
+class Forget(TrainerCallback):
+    """Does so at the first checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            forget(args.output_dir)
+
+
 def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
     """Clear the folder of a run to overwrite and write config.yaml.
 
-    Only once everything has been loaded: a wrong model name must not cost the run that is there.
+    Only once everything has been loaded: a wrong model name must not cost the run that is there,
+    nor a first step that finds no memory: it is in OVERWRITTEN until something is saved.
     """
     folder = Path(config.output_dir)
     if has_logs(folder):  # else a folder with a model in it may be anybody's
-        for path in (folder / "base", *checkpoints(folder)):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in [path for name in RESULTS for path in folder.glob(name)]:
-            path.unlink()
+        saved = checkpoints(folder) or (folder / SUMMARY).exists()
+        found = [path for name in (CONFIG, *RESULTS) for path in folder.glob(name)]
+        aside = Path(tempfile.mkdtemp(dir=folder))
+        for path in (folder / "base", *checkpoints(folder), *found):
+            if path.exists():
+                path.rename(aside / path.name)
+        if saved:
+            forget(folder)
+            aside.rename(folder / OVERWRITTEN)
+        else:
+            shutil.rmtree(aside)
     text = yaml.safe_dump(run_settings(script, config), sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")

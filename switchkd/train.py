@@ -6,6 +6,7 @@ Without arguments: the embedded demonstration. Otherwise `--config FILE.yaml` an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -24,7 +25,7 @@ from switchkd.console import GracefulStop, print_summary
 from switchkd.data import Rows
 from switchkd.loading import check_options, load_data, load_models, load_tokenizers, peft_config
 from switchkd.models import count_parameters
-from switchkd.run_folder import begin_output, begins, check_output, check_writable
+from switchkd.run_folder import Forget, begin_output, begins, check_output, forget, reserved
 from switchkd.trainer import SwitchTrainer
 
 
@@ -71,16 +72,29 @@ def as_flags(argv: list[str]) -> list[str]:
 def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     """One training run; returns the exit code."""
     resume = check_output(script, config)
-    tokenizer, teacher_tokenizer = load_tokenizers(script, config)
+    tokenizers = load_tokenizers(script, config)
     check_options(script, config)
     day = read_run_state(resume).get("day", "") if resume else ""
-    train_rows, eval_rows = load_data(script, config, tokenizer, day)
+    train_rows, eval_rows = load_data(script, config, tokenizers[0], day)
     for rows in (train_rows, eval_rows):
         console.print(str(rows.report), markup=False, highlight=False)
     if resume is not None:
         read_run_state(resume, train_rows.digest, config)  # which must be the same
-    check_writable(Path(config.output_dir))
+    first = config.process_index == 0
+    with reserved(Path(config.output_dir)) if first else contextlib.nullcontext():
+        return distil(script, config, resume, (train_rows, eval_rows), tokenizers, console)
 
+
+def distil(
+    script: ScriptArguments,
+    config: SwitchConfig,
+    resume: str | None,
+    rows: tuple[Rows, Rows],
+    tokenizers: tuple,
+    console: Console,
+) -> int:
+    """`run` with what it has read: from the models to the summary."""
+    (train_rows, eval_rows), (tokenizer, teacher_tokenizer) = rows, tokenizers
     student, teacher = load_models(script, config)
     base = None
     if script.use_peft and script.student_layers is not None:  # what the adapter will be loaded on
@@ -116,6 +130,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     stop = GracefulStop(quiet=config.process_index > 0)
     stop.install()
     trainer.add_callback(stop)
+    trainer.add_callback(Forget())
     if resume is not None:
         console.print(f"resuming from {resume}", markup=False)
     elif config.eval_strategy != "no":
@@ -134,6 +149,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / SUMMARY
         path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        forget(config.output_dir)
         print_summary(summary, console)
         console.print(f"model and {SUMMARY} are in {config.output_dir}", markup=False)
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still needs it

@@ -12,7 +12,8 @@ from switchkd import loading, train
 from switchkd.command_line import parse
 from switchkd.config import SwitchConfig
 from switchkd.console import print_summary
-from switchkd.run_folder import check_output, run_settings
+from switchkd.run_folder import check_output, reserved, run_settings
+from switchkd.trainer import SwitchTrainer
 
 ROWS = [{"prompt": f"say {i} ", "completion": "ab" * (1 + i % 5)} for i in range(24)]
 
@@ -169,7 +170,17 @@ def test_the_length_of_responses_of_the_data_is_an_option_of_its_own(folder):
 # ---------------------------------------------------------------------- the folder
 
 
-def test_a_run_that_is_overwritten_leaves_nothing_to_be_taken_for_the_new_one(folder, capsys):
+def test_two_runs_do_not_write_into_one_folder(folder, capsys):
+    with reserved(folder / "shared"):
+        assert run(folder, "shared") == 1
+        said = " ".join(capsys.readouterr().out.split())
+        assert "shared, where another run is still going on" in said
+    assert run(folder, "shared") == 0
+
+
+def test_a_run_that_is_overwritten_leaves_nothing_to_be_taken_for_the_new_one(
+    folder, capsys, monkeypatch
+):
     pytest.importorskip("peft")
     assert run(folder, "twice", use_peft="true", student_layers="0", lora_r=2) == 0
     out = folder / "twice"
@@ -179,11 +190,21 @@ def test_a_run_that_is_overwritten_leaves_nothing_to_be_taken_for_the_new_one(fo
     inside = {"model_name_or_path": out / "base", "overwrite_output_dir": "true"}
     assert run(folder, "twice", **inside) == 1
     assert "which this run begins with" in " ".join(capsys.readouterr().out.split())
+    before = {path.name for path in out.iterdir()} - {"notes.txt", "README.md", ".lock"}
+
+    def fail(*_):
+        raise FloatingPointError("the loss is nan")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SwitchTrainer, "_next_rows", fail)
+        for _ in range(2):  # the second overwrites a run that has saved nothing
+            assert run(folder, "twice", overwrite_output_dir="true", save_steps=1) == 1
+    assert {path.name for path in (out / "overwritten").iterdir()} == before
     assert run(folder, "twice", overwrite_output_dir="true") == 0
     left = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "config.yaml", "summary.json", "notes.txt"} <= left
     gone = {"adapter_config.json", "adapter_model.safetensors", "base", "report.html"}
-    assert not left & {*gone, "chat_template.jinja"}
+    assert not left & {*gone, "chat_template.jinja", "overwritten"}
 
 
 def test_a_folder_that_holds_no_results_is_free(folder, tmp_path):
