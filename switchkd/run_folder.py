@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -81,9 +82,14 @@ RESULTS = (  # what the next run, or who looks for a model or an adapter, could 
 
 def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:
     """Refuse the folder of another run; returns the checkpoint to resume from."""
+    if not config.output_dir:
+        raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder")
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got the file {folder}, expected a folder")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):  # as `reserved` would find out later
+        raise ValueError(f"output_dir: cannot write to {folder}, in {place.absolute()}")
     if wanted in (None, False, "false", "False"):
         config.resume_from_checkpoint = None
         if config.process_index == 0:  # which writes into the folder while others start

@@ -109,6 +109,7 @@ CHEAP = [
     ({"fp16": "true"}, "fp16: got true on a CPU, expected a GPU, or bf16"),
     ({"use_liger_kernel": "true"}, "use_liger_kernel: needs the package liger-kernel"),
     ({"output_dir": "{}/rows.jsonl/run"}, "output_dir: cannot write to"),
+    ({"output_dir": ""}, "output_dir: got '', expected a folder"),
 ]
 
 
@@ -123,6 +124,8 @@ def test_what_is_cheap_to_tell_is_told_before_any_weights_are_read(
         raise RuntimeError("it is not installed")
 
     monkeypatch.setattr(loading, "load_model", loaded)
+    if "output_dir" in changes:
+        monkeypatch.setattr(train, "load_data", loaded)
     monkeypatch.setattr(loading, "is_liger_kernel_available", lambda: False)
     monkeypatch.setattr(
         loading, "get_reporting_integration_callbacks", lambda names: [refused] * len(names)
