@@ -171,8 +171,11 @@ def append_completions(output_dir: str | Path, records: list[dict]) -> None:
     """One line of completions.jsonl per rollout: enough to look at it, or to replay it."""
     path = Path(output_dir) / COMPLETIONS
     path.parent.mkdir(parents=True, exist_ok=True)  # it may be gone since training began
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:  # of a full disk, which does not say where
+        raise OSError(f"could not write {path}: {error.strerror}") from error
 
 
 def set_completions_aside(output_dir: str | Path) -> Path | None:

@@ -17,6 +17,7 @@ from switchkd.arguments import ScriptArguments
 from switchkd.checkpoint import (
     COMPLETIONS,
     CONFIG,
+    PREFIX_CHECKPOINT_DIR,
     STATE,
     SUMMARY,
     adopt_threshold,
@@ -78,6 +79,20 @@ RESULTS = (  # what the next run, or who looks for a model or an adapter, could 
     "training_args.bin",
     "report.html",
 )
+
+
+class BestBeside(TrainerCallback):
+    """The best checkpoint of a resumed run is beside the one that it goes on from: the path that
+    Trainer has noted was that of a folder which may have been moved since."""
+
+    def __init__(self):
+        self.resumed: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.resumed is not None and state.best_global_step:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if (place := Path(self.resumed).with_name(name)).is_dir():
+                state.best_model_checkpoint = str(place)
 
 
 def check_output(script: ScriptArguments, config: SwitchConfig) -> str | None:

@@ -24,6 +24,7 @@ from switchkd.calibration import Calibration, calibrate_trainer
 from switchkd.checkpoint import (
     PREFIX_CHECKPOINT_DIR,
     RUN_STATE,
+    STATE,
     adopt_threshold,
     checkpoint_step,
     drop_completions_after,
@@ -39,6 +40,7 @@ from switchkd.data import text_blocks
 from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer
+from switchkd.run_folder import BestBeside
 from switchkd.templates import with_kwargs
 from switchkd.vocabulary import share_vocabulary
 
@@ -133,6 +135,8 @@ class SwitchTrainer(RolloutTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._best = BestBeside()
+        self.add_callback(self._best)
         self.loss_is_scaled_for_ga = True  # by the global number of response tokens
         self.calibration: dict | None = None
         self.teacher = self.place(teacher_model, model)
@@ -153,6 +157,7 @@ class SwitchTrainer(RolloutTrainer):
             self.load_run_state(checkpoint)
         else:
             self._begin()
+        self._best.resumed = checkpoint
         self._clock = time.time()
         try:
             with without_cudnn():
@@ -314,6 +319,7 @@ class SwitchTrainer(RolloutTrainer):
         try:
             if self.is_world_process_zero():
                 folder.mkdir(parents=True, exist_ok=True)
+                (folder / STATE).unlink(missing_ok=True)  # of an earlier one: it is whole no more
                 (folder / RUN_STATE).write_text(json.dumps(self.run_state()))
             super()._save_checkpoint(model, trial)  # writes trainer_state.json last
         except Exception as error:  # a full disk surfaces as OSError, RuntimeError, SafetensorError

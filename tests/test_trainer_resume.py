@@ -189,6 +189,19 @@ def test_a_new_run_in_the_folder_keeps_the_completions_of_the_last(tmp_path):
     assert len(set(texts)) == 3 and {text.count("\n") for text in texts} == {8}
 
 
+def test_the_best_checkpoint_moves_with_the_run(tmp_path):
+    """Resumed at its end, where Trainer does not look for it again."""
+    first = make(tmp_path / "a", **RUN)
+    first.train()
+    assert first.state.best_global_step < 12
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = make(tmp_path / "b", **RUN)
+    again.train(resume_from_checkpoint=True)
+    assert Path(again.state.best_model_checkpoint).parent == tmp_path / "b"
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_ran_out_of_memory_is_neither_recorded_nor_counted(tmp_path, monkeypatch):
     options = dict(RUN, auto_find_batch_size=True, per_device_train_batch_size=8)
     small, at = [], []
