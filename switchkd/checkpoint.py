@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 PREFIX_CHECKPOINT_DIR = "checkpoint"  # Trainer's, whose import takes seconds: a report needs none
 CONFIG, COMPLETIONS, SUMMARY = "config.yaml", "completions.jsonl", "summary.json"
 STATE = "trainer_state.json"
+LATER = "later-"  # before the name of a checkpoint that a run no longer goes on from
 RUN_STATE = "run_state.json"  # in each checkpoint: what the summary needs beyond trainer_state.json
 
 
@@ -199,6 +200,20 @@ def last_completions(output_dir: str | Path) -> dict[int, list[int]]:
             if "replay_of" not in record:
                 written[record["row"]] = record["tokens"]
     return written
+
+
+def set_checkpoints_aside(checkpoint: str | Path) -> list[str]:
+    """Rename the intact checkpoints of a run after the one that it goes on from: were they still
+    the last, their completions would be missing. Returns what they are called now."""
+    names = []
+    for later in checkpoints(Path(checkpoint).parent):
+        with contextlib.suppress(ValueError):
+            if checkpoint_step(later) > checkpoint_step(checkpoint):
+                check_checkpoint(later)
+                aside = later.with_name(f"{LATER}{later.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                names.append(later.rename(aside).name)
+    return names
 
 
 def drop_completions_after(output_dir: str | Path, step: int) -> None:

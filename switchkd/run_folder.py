@@ -17,6 +17,7 @@ from switchkd.arguments import ScriptArguments
 from switchkd.checkpoint import (
     COMPLETIONS,
     CONFIG,
+    LATER,
     PREFIX_CHECKPOINT_DIR,
     STATE,
     SUMMARY,
@@ -204,8 +205,9 @@ def begin_output(script: ScriptArguments, config: SwitchConfig) -> None:
     if has_logs(folder):  # else a folder with a model in it may be anybody's
         saved = checkpoints(folder) or (folder / SUMMARY).exists()
         found = [path for name in (CONFIG, *RESULTS) for path in folder.glob(name)]
+        later = list(folder.glob(f"{LATER}*"))
         aside = Path(tempfile.mkdtemp(dir=folder))
-        for path in (folder / "base", *checkpoints(folder), *found):
+        for path in (folder / "base", *checkpoints(folder), *later, *found):
             if path.exists():
                 path.rename(aside / path.name)
         if saved:

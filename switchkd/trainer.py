@@ -31,6 +31,7 @@ from switchkd.checkpoint import (
     find_checkpoint,
     last_completions,
     read_run_state,
+    set_checkpoints_aside,
     set_completions_aside,
     unsaved,
 )
@@ -167,13 +168,16 @@ class SwitchTrainer(RolloutTrainer):
 
     def _begin(self) -> None:
         """What a run that is not resumed needs before its first step."""
-        aside = self.is_world_process_zero() and set_completions_aside(self.args.output_dir)
-        if aside:
-            log.warning("completions of an earlier run are now in %s", aside)
+        if self.is_world_process_zero():
+            self._set_aside()
         if self.args.target_teacher_share is not None and self.calibration is None:
             self.calibrate()
         if self.args.adaptive_lmbda and self.mixture.reference is None:
             self.evaluate(metric_key_prefix="before")
+
+    def _set_aside(self) -> None:
+        if aside := set_completions_aside(self.args.output_dir):
+            log.warning("completions of an earlier run are now in %s", aside)
 
     @with_whole_weights
     def calibrate(self) -> Calibration:
@@ -349,7 +353,12 @@ class SwitchTrainer(RolloutTrainer):
         self.calibration = state["calibration"]
         adopt_threshold(self.args, checkpoint)
         self.adopt_arguments()
-        if self.is_world_process_zero():
-            drop_completions_after(self.args.output_dir, checkpoint_step(checkpoint))
+        folder = Path(self.args.output_dir).resolve()
+        if self.is_world_process_zero() and folder == Path(checkpoint).resolve().parent:
+            if aside := set_checkpoints_aside(checkpoint):  # first, whenever a kill comes
+                log.warning("later checkpoints are now called %s", ", ".join(aside))
+            drop_completions_after(folder, checkpoint_step(checkpoint))
+        elif self.is_world_process_zero():
+            self._set_aside()
         if self.args.draft_from_history:
             self._history = last_completions(self.args.output_dir)

@@ -202,6 +202,33 @@ def test_the_best_checkpoint_moves_with_the_run(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tmp_path):
+    """They would be the last after a kill, and their completions are dropped."""
+    options = dict(RUN, max_steps=12)
+    first = make(tmp_path, **options)
+    first.train()
+    written = result(first)[1]
+    stop = StopIn(6)
+    make(tmp_path, callbacks=[stop], **options).train(str(tmp_path / "checkpoint-4"))
+    assert Path(find_checkpoint(tmp_path, "last")).name == "checkpoint-6"
+    assert {path.name for path in tmp_path.glob("later-*")} == {
+        "later-checkpoint-8",
+        "later-checkpoint-12",
+    }
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert result(again)[1] == written
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_the_completions_that_are_there(tmp_path):
+    make(tmp_path / "a", **RUN).train()
+    make(tmp_path / "b", lmbda=1.0).train()
+    there = (tmp_path / "b" / "completions.jsonl").read_text()
+    make(tmp_path / "b", **RUN).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
+    assert (tmp_path / "b" / "completions-1.jsonl").read_text() == there
+    assert not list((tmp_path / "a").glob("later-*"))
+
+
 def test_what_ran_out_of_memory_is_neither_recorded_nor_counted(tmp_path, monkeypatch):
     options = dict(RUN, auto_find_batch_size=True, per_device_train_batch_size=8)
     small, at = [], []
