@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from switchkd.models import EMBEDDED_DIR
+from switchkd.names import EMBEDDED_DIR
 from switchkd.templates import alpaca_prompt
 
 EOS, PAD, VOCAB = "<|endoftext|>", "<|pad|>", 2048

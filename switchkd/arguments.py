@@ -13,7 +13,7 @@ from numbers import Real
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from switchkd.models import EMBEDDED
+from switchkd.names import EMBEDDED
 from switchkd.quantization import NAMED
 from switchkd.templates import TEMPLATES
 

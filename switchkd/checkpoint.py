@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from switchkd.records import UNREADABLE
+
 PREFIX_CHECKPOINT_DIR = "checkpoint"  # Trainer's, whose import takes seconds: a report needs none
 CONFIG, COMPLETIONS, SUMMARY = "config.yaml", "completions.jsonl", "summary.json"
 STATE = "trainer_state.json"
@@ -44,10 +46,12 @@ def check_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not (path.is_dir() and path.name.rsplit("-", 1)[-1].isdigit()):
         raise ValueError(f"checkpoint: got {path}, expected an existing folder checkpoint-N")
-    for name in (STATE, RUN_STATE):  # the first is written last of all files
+    written = ["config.json"] if (path / "config.json").is_file() else []
+    for name in (STATE, RUN_STATE, *written):  # the first is written last of all files
         try:
-            json.loads((path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict):
+                raise ValueError("no JSON object")
+        except (OSError, *UNREADABLE) as error:
             raise ValueError(f"checkpoint {path}: {name} is missing or broken ({error})") from None
     weights = sorted(path.glob("*.safetensors"))
     if not weights:

@@ -15,8 +15,7 @@ from transformers import HfArgumentParser
 from switchkd.arguments import ScriptArguments
 from switchkd.config import SwitchConfig
 from switchkd.methods import preset
-from switchkd.models import EMBEDDED_DIR
-from switchkd.names import ALIASES, hint_of
+from switchkd.names import ALIASES, EMBEDDED_DIR, hint_of
 
 CLASSES = (ScriptArguments, SwitchConfig)
 DEMO = EMBEDDED_DIR / "demo.yaml"

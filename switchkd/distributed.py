@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from switchkd.models import load_model
+
 
 def check_launch(*, deepspeed: object = None, fsdp: dict | None = None) -> None:
     """Refuse, before anything is loaded, what a run was launched with and cannot work here.
@@ -198,6 +200,7 @@ class ShardedTrainer(Trainer):
     teacher_shards: Shards | None = None
     _decoding_copy: nn.Module | None = None
     _engine = None
+    _missing = False  # whether Trainer has not found all weights in the checkpoint loaded last
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -295,19 +298,24 @@ class ShardedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_whole(self.model, resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled or self._missing:
+            load_whole(self.model, resume_from_checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
-        """A tied head is not in the checkpoint: nothing is missing."""
+        """A tied head is not in the checkpoint; what else is missing must not begin anew."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in tied]
-        super()._issue_warnings_after_load(load_result)
+        known = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        self._missing = bool(set(load_result.missing_keys) - known)
+        if not self._missing:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self):
         if not self.is_fsdp_enabled:
-            return super()._load_best_model()
-        load_whole(self.model, self.state.best_model_checkpoint)
+            super()._load_best_model()
+        if self.is_fsdp_enabled or self._missing:
+            load_whole(self.model, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if not self.is_fsdp_enabled or checkpoint is None:
@@ -340,7 +348,8 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_whole(model: nn.Module, folder: str | Path) -> None:
-    """Fill a model in parts from the safetensors of a checkpoint; each rank reads its parts.
+    """Fill a model, in parts or whole, from the safetensors of a checkpoint; each rank reads its
+    parts.
 
     Raises ValueError for a tensor that is missing, or of another shape.
     """
@@ -348,17 +357,28 @@ def load_whole(model: nn.Module, folder: str | Path) -> None:
     wanted = {name: value for name, value in state.items() if value.requires_grad or not adapter}
     if adapter:  # files leave the adapter's name out
         wanted = {name.replace(f".{model.active_adapter}", ""): v for name, v in wanted.items()}
+
+    def fill(name: str, value: Tensor) -> None:
+        target = wanted[name]
+        if value.shape != target.shape:
+            raise ValueError(
+                f"checkpoint {folder}: got {name} of shape {tuple(value.shape)}, expected "
+                f"{tuple(target.shape)}"
+            )
+        target.copy_(part_of(value, target))
+        read.add(id(target))
+
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in wanted.keys() & set(tensors.keys()):
-                value, target = tensors.get_tensor(name), wanted[name]
-                if value.shape != target.shape:
-                    raise ValueError(
-                        f"{file}: got {name} of shape {tuple(value.shape)}, expected "
-                        f"{tuple(target.shape)}"
-                    )
-                target.copy_(part_of(value, target))
-                read.add(id(target))
+                fill(name, tensors.get_tensor(name))
     missing = [name for name, value in wanted.items() if id(value) not in read]
+    if missing and not adapter:  # experts are one tensor in memory, and each by itself in files
+        dtype = str(wanted[missing[0]].dtype).removeprefix("torch.")
+        converted, info = load_model(str(folder), dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        for name, value in converted.state_dict().items():
+            if name in wanted:
+                fill(name, value)
     if missing:
         raise ValueError(f"checkpoint {folder}: got no {missing[0]}, expected all weights")

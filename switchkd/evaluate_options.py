@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from switchkd.arguments import DTYPES, expect, option, read_mapping
-from switchkd.models import EMBEDDED
+from switchkd.names import EMBEDDED
 from switchkd.records import EVALUATED
 from switchkd.templates import TEMPLATES
 

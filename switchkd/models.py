@@ -17,9 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from switchkd.adapters import check_below_head
-
-EMBEDDED = "embedded"  # the small teacher that ships with the package
-EMBEDDED_DIR = Path(__file__).parent / "embedded"
+from switchkd.names import EMBEDDED, EMBEDDED_DIR
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, **kwargs):

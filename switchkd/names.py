@@ -1,8 +1,12 @@
-"""Names of options: other projects' for the same thing, and what an unknown one may mean."""
+"""Names: of options, other projects' for the same thing, and what an unknown one may mean; and of
+what ships with the package."""
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
+EMBEDDED = "embedded"  # the small teacher, and its data, that ship with the package
+EMBEDDED_DIR = Path(__file__).parent / "embedded"
 ALIASES = {  # other projects' names of the same thing
     "max_completion_length": "max_new_tokens",
     "max_prompt_len": "max_prompt_length",

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from switchkd.models import EMBEDDED, EMBEDDED_DIR
+from switchkd.names import EMBEDDED, EMBEDDED_DIR
 
 EVALUATED = ("test", "validation", "valid")  # the split to evaluate on: the first that there is
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zst", ".xz", ".bz2", ".zip")
 PIECE = 10_000  # characters
-
-
 # What json.loads raises: ValueError also for numbers of thousands of digits, the other for text
 # that is nested thousands of times.
 UNREADABLE = (ValueError, RecursionError)

@@ -365,7 +365,7 @@ def test_text_blocks(tmp_path, tokenizer):
 
 
 def test_embedded_data_is_there_with_its_licence():
-    from switchkd.models import EMBEDDED_DIR
+    from switchkd.names import EMBEDDED_DIR
 
     train, report = read_examples("embedded", split="train")
     assert report.source == "embedded train.jsonl"  # not a file of the user's

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchkd.models import EMBEDDED_DIR, load_tokenizer
+from switchkd.models import load_tokenizer
+from switchkd.names import EMBEDDED_DIR
 from switchkd.train import main
 
 FOLDER = os.environ.get("SWITCHKD_SMOLLM2")

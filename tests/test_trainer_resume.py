@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import make
+from conftest import byte_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
+from test_trainer import ROWS, SIZE, make
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from switchkd.checkpoint import check_checkpoint, find_checkpoint
+from switchkd.config import SwitchConfig
 from switchkd.console import GracefulStop
 from switchkd.trainer import SwitchTrainer
 
@@ -227,6 +231,49 @@ def test_a_run_that_goes_on_elsewhere_keeps_the_completions_that_are_there(tmp_p
     make(tmp_path / "b", **RUN).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
     assert (tmp_path / "b" / "completions-1.jsonl").read_text() == there
     assert not list((tmp_path / "a").glob("later-*"))
+
+
+def test_experts_come_back_from_a_checkpoint(tmp_path):
+    """They are one tensor in memory and many in a file, which Trainer by itself does not put
+    together: a resumed run, and one that ends with its best checkpoint, would mix two models."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    ends = dict(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=SIZE, **sizes, **experts, **ends)
+    ).save_pretrained(tmp_path / "student")
+
+    def trained(best: bool, resume=None):
+        args = SwitchConfig(
+            str(tmp_path / f"{best}"), use_cpu=True, max_steps=3, save_steps=1, eval_steps=1,
+            max_new_tokens=6, max_prompt_length=40, learning_rate=0.1, metric_for_best_model="kl",
+            greater_is_better=True, load_best_model_at_end=best, save_total_limit=9,
+            log_completions=False,
+        )  # fmt: skip
+        trainer = SwitchTrainer(
+            Qwen3MoeForCausalLM.from_pretrained(tmp_path / "student"),
+            tiny_model(vocab_size=SIZE, seed=1, dtype=torch.float32), args, ROWS, ROWS[:3],
+            processing_class=byte_tokenizer(),
+        )  # fmt: skip
+        trainer.train(resume)
+        return trainer
+
+    def assert_equal(one, other):
+        for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+    last = trained(best=False).model
+    assert_equal(last, trained(False, str(tmp_path / "False" / "checkpoint-1")).model)
+    best = trained(best=True)
+    folder = Path(best.state.best_model_checkpoint)
+    assert folder.name != "checkpoint-3"
+    assert_equal(best.model, Qwen3MoeForCausalLM.from_pretrained(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights.popitem()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="got no model.*expected all weights"):
+        trained(True, str(folder))
 
 
 def test_what_ran_out_of_memory_is_neither_recorded_nor_counted(tmp_path, monkeypatch):
