@@ -218,16 +218,15 @@ def evaluate_set(
 
 
 def write_responses(folder: str, label: str, name: str, rows, seeds, responses) -> None:
-    path = responses_file(folder, label, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for seed, texts in zip(seeds, responses, strict=True):
-            for row, text in zip(rows, texts, strict=True):
-                references = row.example.references
-                record = {"row": row.id, "seed": seed, "prompt": row.example.question,
-                          "response": text, "references": references,
-                          "rouge_l": metrics.rouge_l(text, references)}  # fmt: skip
-                file.write(json.dumps(record) + "\n")
+    lines = []
+    for seed, texts in zip(seeds, responses, strict=True):
+        for row, text in zip(rows, texts, strict=True):
+            references = row.example.references
+            record = {"row": row.id, "seed": seed, "prompt": row.example.question,
+                      "response": text, "references": references,
+                      "rouge_l": metrics.rouge_l(text, references)}  # fmt: skip
+            lines.append(json.dumps(record) + "\n")
+    write(responses_file(folder, label, name), "".join(lines))  # what is there counts as complete
 
 
 def responses_file(folder: str, label: str, name: str) -> Path:
@@ -263,7 +262,7 @@ def begin(args: EvalArguments) -> dict:
     return results | {"settings": settings, "day": day}
 
 
-def write(path: str, text: str) -> None:
+def write(path: str | Path, text: str) -> None:
     """Whole or not at all."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)

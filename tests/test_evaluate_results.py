@@ -45,6 +45,27 @@ def test_finished_sets_outlive_a_killed_run_and_are_not_run_again(model_dir, mon
     assert asked == [5] and list(results(model_dir, "k.json")["sets"]) == ["tiny"]
 
 
+def test_responses_are_written_whole_or_not_at_all(model_dir, monkeypatch):
+    """What is cut off would be taken for all of them."""
+    folder, rouge_l, scored = model_dir / "texts", metrics.rouge_l, []
+
+    def cut_off(*args):
+        scored.append(args)
+        if len(scored) == 12:  # 10 of the scores are those of the table
+            raise KeyboardInterrupt
+        return rouge_l(*args)
+
+    options = dict(seeds=[1, 2], save_responses=folder)
+    assert evaluate(model_dir, "w.json", seeds=[1, 2]) == 0
+    with monkeypatch.context() as killed:
+        killed.setattr("switchkd.evaluate.metrics.rouge_l", cut_off)
+        assert evaluate(model_dir, "w.json", **options) == 130
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+    assert evaluate(model_dir, "w.json", **options) == 0
+    (file,) = folder.rglob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 10
+
+
 def test_a_label_has_scores_of_one_model_alone(model_dir, capsys):
     """Another model, or other weights under its name, on fewer sets: the others' scores go."""
     data = [f"tiny={model_dir}/rows.jsonl", f"more={model_dir}/more.jsonl"]
