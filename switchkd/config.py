@@ -135,7 +135,10 @@ class SwitchConfig(TrainingArguments, metaclass=WithMethods):
     eval_temperature: float = option("Temperature of the validation samples.", 1.0)
     log_completions: bool = option("Print a coloured sample with every log line.", True)
     save_completions: bool = option("Write every rollout to completions.jsonl.", True)
-    overwrite_output_dir: bool = option("Start anew in a folder that holds another run.", False)
+    overwrite_output_dir: bool = option(
+        "Start anew in a folder that holds another run, which is kept until something is saved.",
+        False,
+    )
     # defaults of TrainingArguments that differ here
     per_device_train_batch_size: int = option("Rows per device and micro-batch.", 8)
     lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")

@@ -13,6 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from switchkd_kernels import InvalidLogits
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from switchkd import losses, metrics
 from switchkd.cache import capacity_for
@@ -33,6 +34,14 @@ from switchkd.models import count_parameters, evaluating
 from switchkd.rollout import Rollout, rollout_in_batches
 
 log = logging.getLogger(__name__)
+
+
+class WholeEpochs(TrainerCallback):
+    """An epoch that a callback has ended counts as one: the next draws other noise."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_epoch_stop:
+            state.epoch = math.ceil(state.epoch)
 
 
 class RolloutTrainer(ShardedTrainer):

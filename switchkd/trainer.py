@@ -40,7 +40,7 @@ from switchkd.console import print_completion
 from switchkd.data import text_blocks
 from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Sampling, check_lengths
-from switchkd.rollout_trainer import RolloutTrainer
+from switchkd.rollout_trainer import RolloutTrainer, WholeEpochs
 from switchkd.run_folder import BestBeside
 from switchkd.templates import with_kwargs
 from switchkd.vocabulary import share_vocabulary
@@ -138,6 +138,7 @@ class SwitchTrainer(RolloutTrainer):
         )
         self._best = BestBeside()
         self.add_callback(self._best)
+        self.add_callback(WholeEpochs())
         self.loss_is_scaled_for_ga = True  # by the global number of response tokens
         self.calibration: dict | None = None
         self.teacher = self.place(teacher_model, model)

@@ -9,7 +9,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from test_trainer import SIZE, make
 from tokenizers.processors import TemplateProcessing
-from transformers import HfArgumentParser, LlamaForCausalLM
+from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback
 
 from switchkd.checks import check_machine, notes
 from switchkd.config import SwitchConfig
@@ -199,6 +199,20 @@ def test_arguments_may_change_between_two_runs(tmp_path):
     trainer.args.lmbda = 0.0
     trainer.train()
     assert trainer.totals["tokens"] == written and trainer.mixture.share == 0.0
+
+
+def test_an_epoch_that_a_callback_ends_is_followed_by_the_next(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1
+
+    epochs = []
+    options = dict(max_steps=3, per_device_train_batch_size=4)
+    trainer = make(tmp_path, dtype=torch.float32, callbacks=[Stop()], **options)
+    write = trainer._write
+    trainer._write = lambda rows, epoch: epochs.append(epoch) or write(rows, epoch)
+    trainer.train()
+    assert epochs == [0, 1, 1]
 
 
 def test_a_loss_of_a_batch_by_itself(tmp_path):
