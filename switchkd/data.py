@@ -16,13 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 
-import torch
 from torch.utils.data import Dataset
 
-from switchkd.records import EVALUATED, Unreadable, pieces_of, read_records
+from switchkd.records import EVALUATED, Unreadable, read_records
 from switchkd.templates import Template
 
 FORMS = {
@@ -390,15 +387,3 @@ def rows_from(
 def _keys(example: Example, text: str) -> tuple:
     """Two prompts are the same if their texts are, after the template, or their messages."""
     return text.strip(), tuple((m["role"], m["content"].strip()) for m in example.plain)
-
-
-def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
-    """A text file as token ids (blocks, width), for the extra language-model loss."""
-    ids, pieces = array("q"), pieces_of(Path(file))
-    while some := list(islice(pieces, 100)):  # a megabyte: a tokenizer takes 170 bytes for each
-        for found in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            ids.extend(found)
-    blocks = len(ids) // width
-    if blocks == 0:
-        raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")
-    return torch.frombuffer(ids, dtype=torch.int64)[: blocks * width].view(blocks, width)

@@ -14,10 +14,13 @@ and ranks.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 import torch
 from switchkd_kernels import uniform
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from switchkd.data import Row, Rows
 from switchkd.losses import collate, response_hidden
 from switchkd.models import decoder_of
+from switchkd.records import pieces_of
 from switchkd.rollout import Rollout
 
 STEP = 0.1  # DistiLLM's code: what is added to the share
@@ -264,3 +268,15 @@ def records(texts: Sequence[Text], rollout: Rollout | None, step: int, decode) -
             line |= dict.fromkeys(Rollout.RECORDS[1:], [None] * len(text.tokens))
         lines.append(line)
     return lines
+
+
+def text_blocks(file: str, tokenizer, width: int) -> torch.Tensor:
+    """A text file as token ids (blocks, width), for the extra language-model loss."""
+    ids, pieces = array("q"), pieces_of(Path(file))
+    while some := list(islice(pieces, 100)):  # a megabyte: a tokenizer takes 170 bytes for each
+        for found in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids.extend(found)
+    blocks = len(ids) // width
+    if blocks == 0:
+        raise ValueError(f"lm_file: got {len(ids)} tokens, expected at least {width}")
+    return torch.frombuffer(ids, dtype=torch.int64)[: blocks * width].view(blocks, width)

@@ -37,7 +37,6 @@ from switchkd.checkpoint import (
 )
 from switchkd.config import SwitchConfig
 from switchkd.console import print_completion
-from switchkd.data import text_blocks
 from switchkd.distributed import with_whole_weights
 from switchkd.rollout import Sampling, check_lengths
 from switchkd.rollout_trainer import RolloutTrainer, WholeEpochs
@@ -122,7 +121,7 @@ class SwitchTrainer(RolloutTrainer):
         self._lm_blocks = None
         if args.lm_file is not None and args.lm_coef > 0:
             width = args.max_prompt_length + args.max_new_tokens
-            self._lm_blocks = text_blocks(args.lm_file, processing_class, width)
+            self._lm_blocks = mixture.text_blocks(args.lm_file, processing_class, width)
         train_rows = self.read_rows(train_dataset, processing_class, args)
         eval_rows = self.read_rows(eval_dataset, processing_class, args)
         checks.check_rows(train_rows, args)

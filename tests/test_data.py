@@ -15,9 +15,9 @@ from switchkd.data import (
     read_examples,
     read_prompts,
     rows_from,
-    text_blocks,
     tokenize,
 )
+from switchkd.mixture import text_blocks
 from switchkd.templates import alpaca_prompt
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}

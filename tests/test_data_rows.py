@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.data import Dataset
 
-from switchkd.data import Rows, read_examples, rows_from, text_blocks
+from switchkd.data import Rows, read_examples, rows_from
+from switchkd.mixture import text_blocks
 from switchkd.records import pieces_of
 from switchkd.templates import alpaca_prompt
 
