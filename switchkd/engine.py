@@ -93,6 +93,12 @@ class Engine:
             role: capacity * size + self.row_bytes[role]
             for role, size in self.position_bytes.items()
         }
+        empty = [type(self.given[role]).__name__ for role, size in each.items() if size == 0]
+        if empty:
+            raise NotServed(
+                f"{empty[0]}: got a model that leaves nothing in the cache that it is given, expected "
+                "keys and values; the naive loop may decode it"
+            )
         needed, free = sum(each.values()), free_bytes(self.device)
         fit = int(MARGIN * free / needed)
         numbers = (

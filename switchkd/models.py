@@ -106,10 +106,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def cache_name(model) -> str:
-    """What a model's forward, and its output, call the cache: transformers 5.24 has renamed it."""
+    """What a model's forward, and its output, call the cache: transformers 5.24 has renamed it, and
+    Mamba's before."""
     kind = type(model.get_base_model() if hasattr(model, "peft_config") else model)
     names = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    return next((x for x in ("cache", "cache_params") if x in names), "past_key_values")
 
 
 def last_position(device: torch.device) -> Tensor:

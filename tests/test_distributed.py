@@ -95,11 +95,14 @@ def child(rank: int, port: int, environment: dict, arguments: list[str], errors)
 
 
 def two(arguments: list[str], **environment) -> None:
-    """`switchkd.train` in two processes, forked: they need not import anything again."""
+    """`switchkd.train` in two processes, forked from one that has imported everything and done
+    nothing: where torch is built for CUDA, no process can go backward that was forked from one
+    that has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload([__name__])
     errors = fork.Queue()
     common = (port, environment, [*arguments, "--per_device_train_batch_size", "1"], errors)
     processes = [fork.Process(target=child, args=(rank, *common)) for rank in (0, 1)]
