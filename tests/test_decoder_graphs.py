@@ -12,7 +12,7 @@ from switchkd.policies import SKD, AdaSwitch, Switch
 from switchkd.rollout import Sampling, rollout_naive
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+@pytest.mark.parametrize("name", ["llama", *({*OTHERS} & {"qwen3_next"})])
 def test_graphs_write_what_calls_write(name, monkeypatch, exact_rule):
     """With what a graph does to memory: fixed places for what goes in, and what comes out is lost
     at the next replay of any graph. Batches and lengths are padded as for graphs, and what is to be
