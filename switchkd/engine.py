@@ -96,8 +96,8 @@ class Engine:
         empty = [type(self.given[role]).__name__ for role, size in each.items() if size == 0]
         if empty:
             raise NotServed(
-                f"{empty[0]}: got a model that leaves nothing in the cache that it is given, expected "
-                "keys and values; the naive loop may decode it"
+                f"{empty[0]}: got a model that leaves nothing in the cache that it is given, "
+                "expected keys and values; the naive loop may decode it"
             )
         needed, free = sum(each.values()), free_bytes(self.device)
         fit = int(MARGIN * free / needed)
