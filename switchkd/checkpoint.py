@@ -101,11 +101,10 @@ def read_run_state(checkpoint: str | Path, digest: str | None = None, args=None)
     return state
 
 
-def day_of(output_dir: str | Path) -> str:
-    """The day of a run whose checkpoints are there, for templates that write the date: rows must be
-    the same when it is resumed on another day. Empty if there is none."""
-    last = last_checkpoint(output_dir)
-    return "" if last is None else read_run_state(last).get("day", "")
+def day_of(checkpoint: str | None) -> str:
+    """The day on which the run of a checkpoint began, for templates that write the date: rows must
+    be the same when it is resumed on another day. Empty if there is none."""
+    return "" if checkpoint is None else read_run_state(checkpoint).get("day", "")
 
 
 def check_split(state: dict, args, checkpoint: str | Path) -> None:
@@ -151,10 +150,11 @@ def settings_of(model: str) -> dict:
     """The options of the run that made a model or an adapter, of its folder or a checkpoint's;
     empty for one of other origin."""
     folder = Path(model)
-    for place in (folder, folder.parent) if folder.is_dir() else ():
+    saved = folder.name.removeprefix(LATER).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    for place in (folder, folder.parent) if saved else (folder,):
         with contextlib.suppress(ValueError):  # a config.yaml of another project
             found = read_settings(place)
-            if "model_name_or_path" in found and (place == folder or "-" in folder.name):
+            if "model_name_or_path" in found:
                 return found
     return {}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchkd.data import Row
 from switchkd.distributed import hold
-from switchkd.models import Head, decoder_of, head_of, last_position
+from switchkd.models import Head, decoder_of, head_of
 from switchkd.padding import by_length
 
 PASSED = ("input_ids", "attention_mask", "completion_mask")  # columns that a forward pass needs
@@ -84,7 +84,8 @@ def _padded_hidden(model: nn.Module, decoder: nn.Module, batch: dict) -> Tensor:
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
-            logits_to_keep=last_position(batch["input_ids"].device),
+            # An index on any device: for the number 1 Gemma 4 cuts its hidden states, too.
+            logits_to_keep=torch.full((1,), -1, device=batch["input_ids"].device),
         )
     finally:
         hook.remove()

@@ -113,14 +113,13 @@ def cache_name(model) -> str:
     return next((x for x in ("cache", "cache_params") if x in names), "past_key_values")
 
 
-def last_position(device: torch.device) -> Tensor:
+def last_position(device: torch.device) -> int | Tensor:
     """`logits_to_keep` for logits of the last position alone.
 
-    As an index, not as the number 1: for that Gemma 4 leaves out of its hidden states, too, what
-    its last layers need not compute; and on a CPU torch multiplies a slice row by row with copies
-    of a head that is in a half precision, which takes 150 times as long.
+    On a CPU as an index: of a slice, torch multiplies row by row with copies of a head that is in
+    a half precision, which takes 150 times as long.
     """
-    return torch.full((1,), -1, device=device)
+    return torch.tensor([-1]) if device.type == "cpu" else 1
 
 
 def checkpoint_activations(model, options: dict | None = None) -> None:

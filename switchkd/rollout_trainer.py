@@ -54,8 +54,8 @@ class RolloutTrainer(ShardedTrainer):
         """Tokenised rows of a data set in any form, of the day of the run in output_dir."""
         if dataset is None or isinstance(dataset, Rows):
             return dataset
-        sizes, day = (args.max_prompt_length, args.max_new_tokens), day_of(args.output_dir)
-        rows = rows_from(dataset, tokenizer, *sizes, day)
+        day = day_of(last_checkpoint(args.output_dir))
+        rows = rows_from(dataset, tokenizer, args.max_prompt_length, args.max_new_tokens, day)
         if rows.report.notable and args.process_index == 0:
             log.warning("note: %s", rows.report)
         return rows

@@ -90,7 +90,7 @@ class Template:
             raise ValueError(f"template: got {name!r}, expected one of {', '.join(TEMPLATES)}")
         if name == "chat" and not tokenizer.chat_template:
             raise ValueError("template: got 'chat', but the tokenizer has no chat template")
-        # It has a format of chats, and no template.
+        # Without a template it would get Alpaca's, and has a format of its own.
         if name == "auto" and type(tokenizer).__name__ == "MistralCommonBackend":
             raise ValueError(
                 "template: got 'auto' with a tokenizer of mistral-common, whose chats are no "

@@ -18,7 +18,7 @@ from rich.console import Console
 from switchkd import adapters, metrics
 from switchkd.arguments import ScriptArguments
 from switchkd.calibration import print_calibration
-from switchkd.checkpoint import SUMMARY, last_checkpoint, read_run_state
+from switchkd.checkpoint import SUMMARY, day_of, last_checkpoint, read_run_state
 from switchkd.command_line import parse
 from switchkd.config import SwitchConfig
 from switchkd.console import GracefulStop, print_summary
@@ -74,8 +74,7 @@ def run(script: ScriptArguments, config: SwitchConfig, console: Console) -> int:
     resume = check_output(script, config)
     tokenizers = load_tokenizers(script, config)
     check_options(script, config)
-    day = read_run_state(resume).get("day", "") if resume else ""
-    train_rows, eval_rows = load_data(script, config, tokenizers[0], day)
+    train_rows, eval_rows = load_data(script, config, tokenizers[0], day_of(resume))
     for rows in (train_rows, eval_rows):
         console.print(str(rows.report), markup=False, highlight=False)
     if resume is not None:

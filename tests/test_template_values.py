@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from switchkd import templates
 from switchkd.arguments import ScriptArguments
-from switchkd.checkpoint import day_of, read_run_state
+from switchkd.checkpoint import day_of, read_run_state, settings_of
 from switchkd.config import SwitchConfig
 from switchkd.evaluate import begin, load_checkpoints, read_set
 from switchkd.evaluate_options import EvalArguments, Source
@@ -105,7 +105,7 @@ def test_a_run_is_resumed_and_scored_with_the_prompts_that_it_began_with(tmp_pat
     assert prompt == "29 Feb 2024say 0 <end>[so]"
     first.train()
     first.save_model(str(tmp_path))
-    assert day_of(tmp_path) == "2024-02-29"
+    assert day_of(str(tmp_path / "checkpoint-1")) == "2024-02-29"
 
     today(monkeypatch, 2024, 3, 1)
     again = make(tmp_path)
@@ -134,6 +134,9 @@ def test_a_run_is_resumed_and_scored_with_the_prompts_that_it_began_with(tmp_pat
     (tmp_path / "config.yaml").write_text("model_name_or_path: x\ntemplate: none\n")
     models = load_checkpoints(args)
     assert scored("2024-03-01") == "a"
+    (tmp_path / "my-model").mkdir()  # beside a run, and not of it
+    found = [settings_of(str(tmp_path / name)) for name in ("checkpoint-1", "my-model")]
+    assert found == [{"model_name_or_path": "x", "template": "none"}, {}]
     args.chat_template_kwargs, args.template = {"brief": "long"}, "chat"
     models = load_checkpoints(args)
     assert scored("2024-03-01") == "01 Mar 2024a<end>[long]"
